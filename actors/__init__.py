@@ -1,0 +1,1 @@
+"""Turns prompts into trajectories: prompt stream, vLLM generator, rollout worker, weight receiver."""

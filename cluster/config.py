@@ -1,0 +1,233 @@
+"""The config of each stage, composed of the components' own, with the checks that span them.
+
+Imports nothing heavy: a mistake is refused in well under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from actors.config import GeneratorsConfig, PromptsConfig, SamplingConfig
+from learner.config import LearnerConfig, PPOConfig, SFTConfig
+from reward_service.config import (
+    RewardServiceConfig,
+    RewardTrainingConfig,
+    ScorerConfig,
+    StrictModel,
+)
+
+
+class BadInput(Exception):
+    """What the user gave cannot be run. The message is one line: what, where, the fix. Exit code 2."""
+
+
+class EvaluationConfig(StrictModel):
+    """Held-out prompts, sampled and scored by a judge of their own. The judge compares with the
+    completions of the starting policy: `win_rate` is against these, a tie counts half."""
+
+    prompts: PromptsConfig
+    scorer: ScorerConfig
+    every: PositiveInt | None = None  # steps; None: before the first and after the last only
+    temperature: float = Field(default=1.0, ge=0)  # 0: greedy
+    num_samples: PositiveInt | None = None  # prompts are repeated up to it; default: each once
+    show: PositiveInt = 4  # prompts whose completions are printed before and after
+
+
+class CheckpointConfig(StrictModel):
+    every: PositiveInt = 10  # steps; the last step is always saved
+    keep: PositiveInt = 2
+
+
+class SelfCheckConfig(StrictModel):
+    """Bounds on |generator logprob - learner logprob| at start, same weights and tokens."""
+
+    max_mean_difference: PositiveFloat = 1e-4
+    max_difference: PositiveFloat = 1e-2
+    probe: PositiveFloat = 1e-3  # the same bound for the probe after each weight push
+
+
+class WarnConfig(StrictModel):
+    kl_to_ref: PositiveFloat = (
+        8.0  # nats a completion: above it, with a rising score, a warning is printed
+    )
+
+
+class StageConfig(StrictModel):
+    """What every stage has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_dir: str = "runs"
+    seed: int = Field(default=0, ge=0)
+    ray_address: str | None = (
+        None  # None: a Ray of its own (or the job's); "auto" or host:port: join that one
+    )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+class SFTRunConfig(StageConfig):
+    stage: Literal["sft"]
+    num_steps: PositiveInt
+    model: str
+    sft: SFTConfig
+    learner: LearnerConfig = LearnerConfig()
+
+
+class RewardRunConfig(StageConfig):
+    stage: Literal["reward_model"]
+    model: str  # a causal language model: its backbone gets a scalar head
+    training: RewardTrainingConfig
+
+
+class RunConfig(StageConfig):
+    """PPO: the prompts, the generators, the reward and the learner of one run."""
+
+    stage: Literal["train"]
+    num_steps: PositiveInt
+    batch_size: PositiveInt  # trajectories a step
+    max_staleness: int = Field(default=0, ge=0)
+    policy: str  # Hugging Face folder
+    reference: str | None = None  # default: the policy at the start
+    trust_remote_code: Literal[False] = False
+    prompts: PromptsConfig
+    sampling: SamplingConfig
+    generators: GeneratorsConfig = GeneratorsConfig()
+    reward: RewardServiceConfig
+    learner: LearnerConfig = LearnerConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: EvaluationConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    self_check: SelfCheckConfig = SelfCheckConfig()
+    warn: WarnConfig = WarnConfig()
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.batch_size // self.sampling.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        samples = self.sampling.samples_per_prompt
+        if self.batch_size % samples:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is no multiple of sampling.samples_per_prompt {samples}; "
+                f"nearest: {max(samples, self.batch_size // samples * samples)}"
+            )
+        if self.batch_size % self.ppo.minibatches:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is no multiple of ppo.minibatches {self.ppo.minibatches}; "
+                f"nearest: {max(self.ppo.minibatches, self.batch_size // self.ppo.minibatches * self.ppo.minibatches)}"
+            )
+        if self.batch_size // self.ppo.minibatches < self.learner.ranks:
+            raise ValueError(
+                f"ppo.minibatches: {self.batch_size // self.ppo.minibatches} trajectories a minibatch for "
+                f"learner.ranks {self.learner.ranks}; each rank needs one: fewer minibatches or ranks"
+            )
+        if self.ppo.advantage in ("grpo", "rloo") and samples < 2:
+            raise ValueError(
+                f"sampling.samples_per_prompt: ppo.advantage {self.ppo.advantage} compares samples of one "
+                "prompt; set it to 2 or more"
+            )
+        if self.sampling.max_tokens >= self.generators.max_model_len:
+            raise ValueError(
+                f"sampling.max_tokens: {self.sampling.max_tokens} leaves no room for a prompt in "
+                f"generators.max_model_len {self.generators.max_model_len}; raise the latter"
+            )
+        return self
+
+
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+def load_config(path: str | Path, overrides: list[str], kind: type[Stage]) -> Stage:
+    """YAML file + `key.path=value` overrides -> a checked config, or BadInput in one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(
+            f"{path}: no such config file; give the path of a YAML file, e.g. examples/support_replies/ppo.yaml"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: not a mapping of keys; see examples/support_replies/ppo.yaml")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_first_problem(error, kind)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    keys, equals, value = override.partition("=")
+    if not equals or not keys:
+        raise BadInput(f"{override!r}: not an override; write key.path=value")
+    *parents, last = keys.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise BadInput(
+                f"{override!r}: {key} is a value, not a section; see the config file for its keys"
+            )
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BadInput(f"{override!r}: the value is not YAML; quote it") from None
+
+
+def _first_problem(error: ValidationError, kind: type[StrictModel]) -> str:
+    """The first problem in words; unknown keys first, as they explain missing ones."""
+    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    problem = problems[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = known_keys(kind, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known) or 'none'}"
+        return f"unknown key {where}; {hint}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if problem["type"] != "value_error" else message
+    given = (
+        "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r:.60})"
+    )
+    return f"{where + ': ' if where else ''}{message}{given}{more}"
+
+
+def known_keys(kind: type[StrictModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the config at `location`; discriminator tags in it are passed over."""
+    models: list[Any] = [kind]
+    for part in location:
+        found = [
+            f.annotation
+            for m in models
+            if (f := getattr(m, "model_fields", {}).get(part)) is not None
+        ]
+        if found:
+            models = [model for annotation in found for model in _models_in(annotation)]
+        elif tagged := [m for m in models if _tag(m) == part]:
+            models = tagged
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def _tag(model: type[StrictModel]) -> object:
+    kind = model.model_fields.get("kind")
+    return (
+        kind.annotation.__args__[0]
+        if kind is not None and hasattr(kind.annotation, "__args__")
+        else None
+    )
+
+
+def _models_in(annotation: Any) -> list[type[StrictModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,1 @@
+"""Turns trajectories into weights: buffer, packing, PPO maths, FSDP policy and value, weight publisher."""

@@ -1,0 +1,108 @@
+"""Configuration of the FSDP learner, of PPO and of SFT. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from reward_service.config import StrictModel
+
+CRITIC_FREE = ("grpo", "rloo", "reinforce++")
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW, gradient clipping, and a schedule over the run's steps."""
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class LearnerConfig(StrictModel):
+    """The FSDP group: `ranks` processes, each with one GPU or one CPU core."""
+
+    ranks: PositiveInt = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
+    max_tokens_per_microbatch: PositiveInt = 8192
+    logprob_chunk_rows: PositiveInt = 1024  # rows of [rows, vocabulary] that exist at once
+    activation_checkpointing: bool = False
+    timeout_s: PositiveFloat = 600.0  # of one update, and of one collective
+
+
+class KLConfig(StrictModel):
+    """KL to the reference policy: k1 inside the reward, or k3 inside the loss."""
+
+    coef: float = Field(default=0.05, ge=0)
+    where: Literal["reward", "loss"] = "reward"
+    target: PositiveFloat | None = None  # nats a completion; given: the coefficient adapts to it
+    horizon: PositiveInt = (
+        10000  # trajectories over which it adapts (Ziegler et al. 2019, section 2.2)
+    )
+
+
+class PtxConfig(StrictModel):
+    """PPO-ptx: + coef * E[log pi(x)] over a Parquet or JSONL of prompt, completion rows."""
+
+    path: str
+    coef: PositiveFloat
+    batch_size: PositiveInt
+
+
+class PPOConfig(StrictModel):
+    """One PPO step: how advantages are made, how the loss is clipped, how often it is applied."""
+
+    advantage: Literal["gae", "sequence", "grpo", "rloo", "reinforce++"] = "gae"
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
+    whiten_advantages: bool = True  # not applied to grpo, whose groups are normalised already
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    clip_range: PositiveFloat = 0.2
+    clip_range_high: PositiveFloat | None = None  # clip-higher (DAPO)
+    dual_clip: float | None = Field(default=None, gt=1)
+    value_clip_range: PositiveFloat | None = None
+    value_coef: PositiveFloat = 1.0
+    entropy_coef: float = Field(default=0.0, ge=0)
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 2
+    max_approx_kl: PositiveFloat | None = (
+        None  # beyond it the remaining epochs of a step are skipped
+    )
+    anchor: Literal["learner", "behavior"] = "learner"
+    behavior_ratio_cap: float | None = Field(default=None, ge=1)  # truncated importance correction
+    kl: KLConfig = KLConfig()
+    ptx: PtxConfig | None = None
+    policy: OptimizerConfig = OptimizerConfig(lr=1e-6)
+    value: OptimizerConfig = OptimizerConfig(lr=5e-6, decay="constant")
+    value_model: Literal["separate", "shared"] = (
+        "separate"  # own backbone, or a head on the policy's trunk
+    )
+    value_init: str | None = None  # folder of the backbone; default: the policy's
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.advantage not in CRITIC_FREE
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.behavior_ratio_cap is not None and self.anchor == "behavior":
+            raise ValueError(
+                "behavior_ratio_cap: only with anchor: learner (with anchor: behavior the ratio "
+                "itself corrects); remove one of the two"
+            )
+        if self.value_init is not None and self.value_model == "shared":
+            raise ValueError("value_init: only with value_model: separate; remove one of the two")
+        return self
+
+
+class SFTConfig(StrictModel):
+    """Supervised fine-tuning on prompt, completion rows; the loss is on completion tokens only."""
+
+    data: str  # Parquet or JSONL: prompt, completion (or messages)
+    batch_size: PositiveInt
+    max_tokens: PositiveInt = 512  # prompt and completion; longer rows are refused
+    optimizer: OptimizerConfig
