@@ -63,6 +63,7 @@ class StageConfig(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: str = "runs"
     seed: int = Field(default=0, ge=0)
+    device: Literal["cpu", "cuda"] = "cpu"
     ray_address: str | None = (
         None  # None: a Ray of its own (or the job's); "auto" or host:port: join that one
     )

@@ -1,1 +1,1 @@
-"""Scores <prompt, completion> pairs: scorers, the service that batches them, and reward-model training."""
+"""Scores <prompt, completion> pairs: scorers, the service that batches them, reward training."""

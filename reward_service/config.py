@@ -14,7 +14,7 @@ class StrictModel(BaseModel):
 
 
 class FunctionScorerConfig(StrictModel):
-    """A Python function of the user's: `module:function`, list of requests in, list of scores out."""
+    """A Python function of the user's: `module:function`, requests in, scores out."""
 
     kind: Literal["function"]
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -25,6 +25,7 @@ class RewardModelScorerConfig(StrictModel):
 
     kind: Literal["reward_model"]
     path: str
+    input: Literal["tokens", "text"] = "tokens"  # text: tokenised anew, for another vocabulary
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_batch_tokens: PositiveInt = 16384  # padded tokens of one forward pass
 
@@ -35,8 +36,12 @@ class HttpScorerConfig(StrictModel):
     kind: Literal["http"]
     url: str
     token_env: str | None = None  # name of the environment variable that holds the bearer token
-    allow_hosts: tuple[str, ...] = ()  # besides the URL's own host there is nothing to follow
+    allow_hosts: tuple[str, ...] = ()  # where given, the URL's host must be one of them
+    timeout_s: PositiveFloat = 30.0  # of one request, from connecting to the last byte
     max_response_bytes: PositiveInt = 4 << 20
+
+
+PartName = Annotated[str, Field(pattern=r"^[^/]+$")]  # "/" joins the names of nested parts
 
 
 class SumPartConfig(StrictModel):
@@ -48,7 +53,7 @@ class SumScorerConfig(StrictModel):
     """Weighted sum; the unweighted parts are kept in `score_parts`."""
 
     kind: Literal["sum"]
-    parts: dict[str, SumPartConfig] = Field(min_length=1)
+    parts: dict[PartName, SumPartConfig] = Field(min_length=1)
 
 
 ScorerConfig = Annotated[
@@ -67,6 +72,7 @@ class RewardServiceConfig(StrictModel):
     max_retries: int = Field(default=2, ge=0)
     max_concurrency: PositiveInt = 4  # scorer calls at once
     on_failure: Literal["fail", "drop"] = "fail"
+    num_gpus: float = Field(default=0.0, ge=0)  # of the service's actor; a fraction shares one
 
 
 class RewardTrainingConfig(StrictModel):
@@ -74,12 +80,12 @@ class RewardTrainingConfig(StrictModel):
 
     pairs: str  # Parquet or JSONL: prompt, chosen, rejected
     held_out_pairs: str | None = None
-    normalise_on: str | None = (
-        None  # Parquet or JSONL: prompt, completion; scores get mean 0, sd 1 on it
-    )
+    # Parquet or JSONL: prompt, completion; scores get mean 0, sd 1 on it
+    normalise_on: str | None = None
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 32  # pairs an optimizer step
     max_tokens: PositiveInt = 512  # prompt and completion; longer pairs are refused
+    max_batch_tokens: PositiveInt = 16384  # padded tokens of one forward pass; changes no result
     lr: PositiveFloat = 1e-5
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.0, ge=0)

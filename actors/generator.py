@@ -1,0 +1,269 @@
+"""The generator: one vLLM engine and the one thread that steps it.
+
+    generate() --requests--> inbox --> engine thread: admit, step, deliver --> Completion
+    receive_weights() -----> inbox     (between two steps, so weights change atomically)
+
+Everything reaches the engine through the inbox; a crash of the thread fails every waiter with
+GeneratorFailed. After an update no completion leaves before the engine has answered the probe: what
+is finished in the meantime is held, and discarded if the probe is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.config import GeneratorsConfig
+from actors.trajectory import Completion
+from actors.vllm_engine import completion_params, make_engine, probe_params
+from actors.weight_update import WeightLayout, WeightsRejected, WeightUpdate, probe_difference
+
+PROBE_ID = "probe"
+
+
+class GeneratorFailed(Exception):
+    """The engine died or refused a request. Plain text only: it must unpickle without vLLM."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One completion to be sampled. The seed makes it the same whenever it is asked for again."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop: tuple[str, ...] = ()
+
+
+Deliver = Callable[[Any], None]
+Delivery = tuple[Deliver, Deliver]  # resolve, reject: safe to call from the engine thread
+
+
+class Generator:
+    """Samples completions, continuously batched; takes new weights without stopping."""
+
+    def __init__(
+        self, config: GeneratorsConfig, *, model: str, name: str, probe_bound: float, decode: Any
+    ) -> None:
+        """`decode`: token ids -> text, without special tokens."""
+        self.name = name
+        self._config = config
+        self._decode = decode
+        self._probe_bound = probe_bound
+        self._engine = make_engine(config, model)
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Deliver]] = queue.SimpleQueue()
+        self._waiting: collections.deque[GenerateRequest] = collections.deque()
+        self._futures: dict[str, Delivery] = {}
+        self._started: dict[str, float] = {}
+        self._held: list[Any] = []
+        self._probing: tuple[WeightUpdate, Deliver, Deliver] | None = None
+        self._proved: int | None = None  # the version that has answered its probe
+        self._closed = False
+        self._busy_s = 0.0
+        self._num_tokens = 0
+        self._first_token_at: float | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-{name}")
+        self._thread.start()
+
+    # ---- what callers see: coroutines on an event loop
+
+    async def generate(
+        self, requests: Sequence[GenerateRequest]
+    ) -> list[asyncio.Future[Completion]]:
+        """Queue requests together; one future each. GeneratorFailed if the engine is dead."""
+        futures, deliveries = zip(*(self._future() for _ in requests), strict=True)
+
+        def add() -> None:
+            self._futures.update(
+                {r.request_id: d for r, d in zip(requests, deliveries, strict=True)}
+            )
+            self._waiting.extend(requests)
+
+        def reject(error: Any) -> None:
+            for _, reject_one in deliveries:
+                reject_one(error)
+
+        self._inbox.put((add, reject))
+        return list(futures)
+
+    async def agree_layout(self, layout: WeightLayout) -> str:
+        return await self._call(
+            lambda: self._engine.collective_rpc("agree_layout", args=(layout,))[0]
+        )
+
+    async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
+        """Verify, apply, probe. Returns seconds and the probe's difference; raises WeightsRejected,
+        after which this generator samples nothing any more."""
+        started = time.perf_counter()
+        future, delivery = self._future()
+        self._inbox.put((lambda: self._apply(update, delivery), delivery[1]))
+        difference = await future
+        return {"push_s": time.perf_counter() - started, "probe_difference": difference}
+
+    async def status(self) -> dict[str, Any]:
+        """Asked of the engine thread itself, so that an answer proves that it still turns."""
+        return await self._call(self._describe)
+
+    async def close(self) -> None:
+        self._closed = True
+        self._inbox.put((lambda: None, lambda _: None))
+        await asyncio.to_thread(self._thread.join, 10.0)
+
+    def _future(self) -> tuple[asyncio.Future[Any], Delivery]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(setter: Deliver, value: Any) -> None:
+            if not future.done():
+                setter(value)
+
+        def from_thread(setter: Deliver) -> Deliver:
+            return lambda value: loop.call_soon_threadsafe(settle, setter, value)
+
+        return future, (from_thread(future.set_result), from_thread(future.set_exception))
+
+    async def _call(self, function: Callable[[], Any]) -> Any:
+        """Run `function` on the engine thread, between two steps."""
+        future, (resolve, reject) = self._future()
+        self._inbox.put((lambda: resolve(function()), reject))
+        return await future
+
+    # ---- the engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._take_inbox()
+                self._admit()
+                if self._engine.has_unfinished_requests():
+                    self._step()
+        except Exception as error:
+            self._refuse_all(error)
+
+    def _take_inbox(self) -> None:
+        idle = not self._waiting and not self._engine.has_unfinished_requests()
+        while True:
+            try:
+                operation, _ = self._inbox.get(block=idle)
+            except queue.Empty:
+                return
+            operation()
+            idle = False
+
+    def _admit(self) -> None:
+        """Give the engine as much as it decodes together. The rest waits here, not in vLLM, so that
+        a probe is never queued behind prompts, and a late prompt starts under the newest weights."""
+        while self._waiting and len(self._started) < self._config.max_num_seqs:
+            request = self._waiting.popleft()
+            self._started[request.request_id] = time.time()
+            self._engine.add_request(
+                request.request_id,
+                {"prompt_token_ids": list(request.prompt_ids)},
+                completion_params(
+                    request.max_tokens, request.temperature, request.seed, request.stop
+                ),
+            )
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        outputs = self._engine.step()
+        self._busy_s += time.perf_counter() - started
+        if self._first_token_at is None:
+            self._first_token_at = time.time()
+        for output in outputs:
+            if output.finished and output.request_id == PROBE_ID:
+                self._prove(output)
+            elif output.finished:
+                self._held.append(output)
+        if self._probing is None and self._held:
+            held, self._held = self._held, []
+            for output in held:
+                self._deliver(output)
+
+    def _deliver(self, output: Any) -> None:
+        sample = output.outputs[0]
+        started = self._started.pop(output.request_id)
+        resolve, _ = self._futures.pop(output.request_id)
+        ids = tuple(sample.token_ids)
+        self._num_tokens += len(ids)
+        resolve(
+            Completion(
+                ids=ids,
+                logprobs=tuple(sample.logprobs.logprobs),
+                text=self._decode(ids) if sample.stop_reason is None else sample.text,
+                finish_reason=sample.finish_reason,
+                spans=tuple((int(span.version), span.start) for span in sample.weight_versions),
+                generate_s=time.time() - started,
+            )
+        )
+
+    def _apply(self, update: WeightUpdate, delivery: Delivery) -> None:
+        resolve, reject = delivery
+        if self._config.weight_update == "drained":
+            while self._started:
+                self._step()
+        self._proved = None
+        try:
+            self._engine.collective_rpc("receive_weights", args=(update,))
+        except Exception as error:
+            rejected = WeightsRejected(f"{self.name}: {error}")
+            reject(rejected)
+            raise rejected from error
+        self._engine.set_weight_version(str(update.version))
+        # Blocks computed under the old weights must not serve new prompts.
+        self._engine.reset_prefix_cache()
+        self._probing = (update, resolve, reject)
+        self._engine.add_request(
+            PROBE_ID, {"prompt_token_ids": list(update.probe.ids)}, probe_params()
+        )
+
+    def _prove(self, output: Any) -> None:
+        assert self._probing is not None
+        update, resolve, reject = self._probing
+        answered = [
+            position[token].logprob
+            for position, token in zip(
+                output.prompt_logprobs[1:], update.probe.ids[1:], strict=True
+            )
+        ]
+        difference = probe_difference(update.probe, answered)
+        if difference > self._probe_bound:
+            rejected = WeightsRejected(
+                f"{self.name}: after version {update.version} was applied, the probe's logprobs differ "
+                f"by {difference:.2g} from the learner's (bound {self._probe_bound:g})"
+            )
+            reject(rejected)
+            raise rejected
+        self._probing = None
+        self._proved = update.version
+        resolve(difference)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "running": len(self._started),
+            "waiting": len(self._waiting),
+            "version": self._proved,
+            "busy_s": self._busy_s,
+            "completion_tokens": self._num_tokens,
+            "first_token_at": self._first_token_at,
+        }
+
+    def _refuse_all(self, error: Exception) -> None:
+        """The engine is gone: every waiter, and whoever still comes, is told why. Nobody hangs."""
+        if not isinstance(error, WeightsRejected):
+            error = GeneratorFailed(f"{self.name}: {type(error).__name__}: {error}")
+        for _, reject in self._futures.values():
+            reject(error)
+        while not self._closed:
+            _, reject = self._inbox.get()
+            reject(error)

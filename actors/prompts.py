@@ -1,0 +1,122 @@
+"""PromptStream: rows of Parquet or JSONL -> token ids, in a shuffled order that can be resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.config import PromptsConfig
+from actors.trajectory import Prompt
+from reward_service.rows import read_rows
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The fast tokenizer of a Hugging Face folder, without importing torch. ValueError if none."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder}: no tokenizer.json; give a Hugging Face folder with a fast tokenizer"
+        )
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+def load_prompts(
+    config: PromptsConfig, tokenizer: Any, max_tokens: int
+) -> tuple[list[Prompt], list[str]]:
+    """All prompts of the file (epoch 0), and the ids of those dropped as longer than `max_tokens`.
+
+    Raises ValueError (one line: what, where, the fix) on a missing file or column, on no rows, on an
+    empty prompt, on a prompt_id given twice, and on a long prompt unless the config drops them.
+    """
+    rows = read_rows(config.path, any_of=("prompt", "messages"))[: config.limit]
+    limit = min(max_tokens, config.max_prompt_tokens or max_tokens)
+    prompts = [_prompt(config.path, i, row, tokenizer) for i, row in enumerate(rows)]
+    _check_ids(config.path, prompts)
+    long = [prompt for prompt in prompts if len(prompt.ids) > limit]
+    if long and config.on_too_long == "refuse":
+        raise ValueError(
+            f"{config.path}: {len(long)} of {len(prompts)} prompts are longer than {limit} tokens (first: "
+            f"{long[0].prompt_id} with {len(long[0].ids)}); shorten them, raise generators.max_model_len, "
+            "or set prompts.on_too_long: drop"
+        )
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= limit]
+    if not kept:
+        raise ValueError(
+            f"{config.path}: every prompt is longer than {limit} tokens; raise generators.max_model_len"
+        )
+    return kept, [prompt.prompt_id for prompt in long]
+
+
+def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt:
+    where = f"{path}: row {index}"
+    if row.get("messages") is not None:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{where}: has messages, but the tokenizer has no chat template; use a prompt column"
+            )
+        text = tokenizer.apply_chat_template(
+            row["messages"], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        text = row.get("prompt")
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{where}: the prompt is empty or no text; remove the row")
+        ids = tokenizer(text).input_ids
+    metadata = row.get("metadata") or {}
+    if isinstance(metadata, str):
+        metadata = json.loads(metadata)
+    answer = row.get("answer")
+    name = row.get("prompt_id")
+    return Prompt(
+        prompt_id=f"p{index}" if name is None else str(name),
+        epoch=0,
+        text=text,
+        ids=tuple(ids),
+        answer=None if answer is None else str(answer),
+        metadata=metadata,
+    )
+
+
+def _check_ids(path: str, prompts: Iterable[Prompt]) -> None:
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.prompt_id in seen:
+            raise ValueError(
+                f"{path}: prompt_id {prompt.prompt_id} stands twice; make the ids unique"
+            )
+        seen.add(prompt.prompt_id)
+
+
+class PromptStream:
+    """Endless epochs over the prompts, each in an order of its own that the seed decides.
+
+    `cursor` counts the prompts handed out since the start; a stream made with it goes on exactly there.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, cursor: int = 0
+    ) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._shuffle = shuffle
+        self.cursor = cursor
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __next__(self) -> Prompt:
+        epoch, place = divmod(self.cursor, len(self._prompts))
+        if self._order[0] != epoch:
+            self._order = (epoch, self._shuffled(epoch))
+        self.cursor += 1
+        return replace(self._prompts[self._order[1][place]], epoch=epoch)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self._prompts))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))

@@ -1,0 +1,249 @@
+"""The rollout: prompt -> completion -> score -> trajectory. Runs beside its generator.
+
+    submit(prompts) --> generator --> completion --> reward client --> trajectory --> take()
+
+`take` is a long poll: it answers with all prompts that have become complete since the last one. A
+prompt is complete when all its samples are scored; if one sample's score cannot be had and the
+reward policy is to drop, the whole prompt is dropped, as its group would be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.config import SamplingConfig
+from actors.generator import GenerateRequest
+from actors.trajectory import Completion, Prompt, Trajectory, trajectory_id
+from actors.weight_update import WeightLayout, WeightUpdate
+from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
+
+
+class Engine(Protocol):
+    """What a rollout needs of a generator."""
+
+    name: str
+
+    async def generate(
+        self, requests: Sequence[GenerateRequest]
+    ) -> list[asyncio.Future[Completion]]: ...
+    async def agree_layout(self, layout: WeightLayout) -> str: ...
+    async def receive_weights(self, update: WeightUpdate) -> dict[str, float]: ...
+    async def status(self) -> dict[str, Any]: ...
+    async def close(self) -> None: ...
+
+
+class Rewards(Protocol):
+    async def score(
+        self, requests: list[ScoreRequest]
+    ) -> list[ScoreResponse | ScoreFailure]: ...
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A prompt that will not be trained, and why."""
+
+    prompt_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What has become complete: whole prompts, and prompts given up."""
+
+    trajectories: list[Trajectory] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+
+
+class RolloutWorker:
+    """Turns prompts into trajectories on one generator."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rewards: Rewards,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        score_together: bool,
+    ) -> None:
+        """`score_together`: score all prompts of a submit in one call, in order, once the last is
+        sampled. Then scores cannot depend on timing, which synchronous runs promise; otherwise each
+        completion is scored as soon as it is there."""
+        self._engine = engine
+        self._rewards = rewards
+        self._sampling = sampling
+        self._seed = seed
+        self._score_together = score_together
+        self._finished: asyncio.Queue[Rollouts | BaseException] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"RolloutWorker({self._engine.name})"
+
+    async def submit(self, prompts: list[Prompt]) -> None:
+        """Start rolling out; the results come by `take`."""
+        requests = [
+            GenerateRequest(
+                trajectory_id(prompt.prompt_id, prompt.epoch, sample),
+                prompt.ids,
+                self._sampling.max_tokens,
+                self._sampling.temperature,
+                sample_seed(self._seed, prompt, sample),
+                self._sampling.stop,
+            )
+            for prompt in prompts
+            for sample in range(self._sampling.samples_per_prompt)
+        ]
+        futures = await self._engine.generate(requests)
+        n = self._sampling.samples_per_prompt
+        groups = [(p, futures[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
+        if self._score_together:
+            self._spawn(self._roll_out(groups))
+        else:
+            for group in groups:
+                self._spawn(self._roll_out([group]))
+
+    async def take(self, timeout_s: float) -> Rollouts:
+        """Everything complete by now, waiting at most `timeout_s` for the first. Raises what a
+        rollout raised (GeneratorFailed, WeightsRejected, RewardFailure)."""
+        trajectories: list[Trajectory] = []
+        dropped: list[Dropped] = []
+        try:
+            item = await asyncio.wait_for(self._finished.get(), timeout_s)
+        except TimeoutError:
+            return Rollouts()
+        while True:
+            if isinstance(item, BaseException):
+                raise item
+            trajectories += item.trajectories
+            dropped += item.dropped
+            if self._finished.empty():
+                return Rollouts(trajectories, dropped)
+            item = self._finished.get_nowait()
+
+    async def sample(
+        self, prompts: list[Prompt], temperature: float, seed: int
+    ) -> list[tuple[ScoreRequest, Completion]]:
+        """One completion a prompt, not scored and not trained on: for evaluation and self-check.
+        A prompt may come several times, with an epoch of its own each time."""
+        requests = [
+            GenerateRequest(
+                f"sample-{seed}-{trajectory_id(prompt.prompt_id, prompt.epoch, 0)}",
+                prompt.ids,
+                self._sampling.max_tokens,
+                temperature,
+                sample_seed(seed, prompt, 0),
+                self._sampling.stop,
+            )
+            for prompt in prompts
+        ]
+        completions = await asyncio.gather(*await self._engine.generate(requests))
+        return [
+            (_score_request(request.request_id, prompt, completion), completion)
+            for request, prompt, completion in zip(requests, prompts, completions, strict=True)
+        ]
+
+    async def agree_layout(self, layout: WeightLayout) -> str:
+        return await self._engine.agree_layout(layout)
+
+    async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
+        return await self._engine.receive_weights(update)
+
+    async def status(self) -> dict[str, Any]:
+        return await self._engine.status()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._engine.close()
+
+    def _spawn(self, rollout: Any) -> None:
+        task = asyncio.create_task(rollout)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _roll_out(
+        self, groups: list[tuple[Prompt, list[asyncio.Future[Completion]]]]
+    ) -> None:
+        try:
+            samples = [
+                (prompt, number, await future)
+                for prompt, futures in groups
+                for number, future in enumerate(futures)
+            ]
+            self._finished.put_nowait(await self._score(samples))
+        except Exception as error:  # handed to whoever takes, who decides; never lost in a task
+            self._finished.put_nowait(error)
+
+    async def _score(self, samples: list[tuple[Prompt, int, Completion]]) -> Rollouts:
+        started = time.time()
+        scored = await self._rewards.score(
+            [_score_request(trajectory_id(p.prompt_id, p.epoch, n), p, c) for p, n, c in samples]
+        )
+        seconds = time.time() - started
+        failed = {
+            (prompt.prompt_id, prompt.epoch): outcome.reason
+            for (prompt, _, _), outcome in zip(samples, scored, strict=True)
+            if isinstance(outcome, ScoreFailure)
+        }
+        trajectories = [
+            self._trajectory(prompt, number, completion, outcome, seconds)
+            for (prompt, number, completion), outcome in zip(samples, scored, strict=True)
+            if isinstance(outcome, ScoreResponse)
+            and (prompt.prompt_id, prompt.epoch) not in failed
+        ]
+        return Rollouts(trajectories, [Dropped(*key, reason) for key, reason in failed.items()])
+
+    def _trajectory(
+        self, prompt: Prompt, number: int, completion: Completion, response: ScoreResponse, score_s: float
+    ) -> Trajectory:
+        return Trajectory(
+            trajectory_id=response.trajectory_id,
+            prompt_id=prompt.prompt_id,
+            sample_index=number,
+            epoch=prompt.epoch,
+            prompt_ids=prompt.ids,
+            completion_ids=completion.ids,
+            behavior_logprobs=completion.logprobs,
+            policy_version=completion.spans[0][0],
+            policy_version_max=completion.spans[-1][0],
+            version_spans=completion.spans,
+            prompt=prompt.text,
+            completion=completion.text,
+            finish_reason=completion.finish_reason,
+            score=response.score,
+            score_parts=response.parts,
+            temperature=self._sampling.temperature,
+            generator_id=self._engine.name,
+            generated_at=time.time(),
+            generate_s=completion.generate_s,
+            score_s=score_s,
+        )
+
+
+def _score_request(name: str, prompt: Prompt, completion: Completion) -> ScoreRequest:
+    return ScoreRequest(
+        trajectory_id=name,
+        prompt=prompt.text,
+        completion=completion.text,
+        prompt_ids=prompt.ids,
+        completion_ids=completion.ids,
+        finish_reason=completion.finish_reason,
+        answer=prompt.answer,
+        metadata=prompt.metadata,
+    )
+
+
+def sample_seed(run_seed: int, prompt: Prompt, sample: int) -> int:
+    """63 bits that only this sample has, whenever and wherever it is drawn."""
+    name = f"{run_seed}/{prompt.prompt_id}/{prompt.epoch}/{sample}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int(np.frombuffer(digest, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,113 @@
+"""Makes the vLLM engine a generator steps: in this process, quiet, quick to start, exact logprobs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import Any
+
+from actors.config import GeneratorsConfig
+
+# The environment of a process that runs an engine. Must be set before torch is imported.
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: its death is the actor's
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCHDYNAMO_DISABLE": "1",  # compiles one tiny function, for seconds, on the first logprob
+    "OMP_NUM_THREADS": "1",  # two small engines beat one with two threads
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def import_vllm() -> None:
+    """Import the engine, with garbage collection off: it would walk a huge heap again and again."""
+    gc.disable()
+    logging.getLogger("vllm").addHandler(logging.NullHandler())
+    import vllm.v1.engine.llm_engine
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu_worker  # noqa: F401 (imported late by vLLM otherwise)
+    gc.freeze()
+    gc.enable()
+
+
+def make_engine(config: GeneratorsConfig, model: str) -> Any:
+    """An LLMEngine on this process's device."""
+    import_vllm()
+    _single_process_group()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    if config.kv_cache_bytes is not None:
+        memory["kv_cache_memory_bytes"] = config.kv_cache_bytes
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=model,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs + 1,  # the probe always finds a seat
+            tensor_parallel_size=config.tensor_parallel_size,
+            enforce_eager=_on_cpu(),
+            seed=0,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature
+            worker_extension_cls="actors.weight_receiver.WeightReceiver",
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            generation_config="vllm",  # sampling is what the config says, not what the folder says
+            **memory,
+        )
+    )
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def _single_process_group() -> None:
+    """Left to itself vLLM opens a TCP store on every interface; on CPU a group that is there is taken."""
+    import torch.distributed as dist
+
+    if _on_cpu() and not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def completion_params(max_tokens: int, temperature: float, seed: int, stop: tuple[str, ...]) -> Any:
+    """vLLM's parameters for a completion: the sampled tokens' logprobs, delivered when finished."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=list(stop) or None,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def probe_params() -> Any:
+    """vLLM's parameters for a probe: the prompt's own logprobs, which ignore the temperature."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

@@ -1,0 +1,211 @@
+"""The command line: `raylign ...`, the same as `python -m cluster.cli ...`.
+
+Exit codes: 0 done; 1 an audit found a violation; 2 bad input, said in one line before any model is
+loaded; 3 the run failed; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.config import (
+    BadInput,
+    RewardRunConfig,
+    RunConfig,
+    SFTRunConfig,
+    Stage,
+    load_config,
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="PPO alignment of language models on Ray: SFT, a reward model, PPO.",
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML file, e.g. examples/support_replies/ppo.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.path=value ..., over the file's values")
+]
+InProcess = Annotated[
+    bool, typer.Option("--in-process", help="Everything in this process: for a debugger.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete an earlier run of the same name.")
+]
+RunName = Annotated[str, typer.Argument(help="A run's name, or its folder.")]
+RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where runs are.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    in_process: InProcess = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """PPO: generate, score, update, publish. Starts a Ray of its own, or joins the job's."""
+    loaded = _load(config, overrides, RunConfig)
+    if in_process:
+        _one_process(loaded)
+    from cluster.launch import run_ppo
+
+    sys.exit(run_ppo(loaded, in_process=in_process, resume=resume, overwrite=overwrite))
+
+
+@app.command()
+def sft(
+    config: Config,
+    overrides: Overrides = None,
+    in_process: InProcess = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Supervised fine-tuning; writes a Hugging Face folder runs/<name>/model."""
+    loaded = _load(config, overrides, SFTRunConfig)
+    if in_process:
+        _one_process(loaded)
+    from cluster.stages import run_sft
+
+    run_sft(loaded, in_process=in_process, overwrite=overwrite)
+
+
+@app.command("reward-model")
+def reward_model(config: Config, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Train a reward model on preference pairs; writes runs/<name>/model."""
+    loaded = _load(config, overrides, RewardRunConfig)
+    from cluster.stages import run_reward_model
+
+    run_reward_model(loaded, overwrite=overwrite)
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(help="The head's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Overwrite = False,
+    follow: Annotated[bool, typer.Option(help="Follow the job's log.")] = True,
+) -> None:
+    """`train` as a Ray job on a cluster, from this working directory."""
+    loaded = _load(config, overrides, RunConfig)
+    from cluster.submit import submit_job
+
+    flags = [name for name, on in (("--resume", resume), ("--overwrite", overwrite)) if on]
+    sys.exit(submit_job(loaded.name, config, overrides or [], flags, address, follow=follow))
+
+
+@app.command()
+def doctor(config: Config, overrides: Overrides = None) -> None:
+    """Check config, data, tokenizers and resources without starting anything; print the plan."""
+    loaded = _load(config, overrides, RunConfig)
+    from cluster.doctor import check_inputs, plan_lines
+
+    for line in plan_lines(loaded, check_inputs(loaded)):
+        typer.echo(line)
+    typer.echo("doctor: nothing stands in the way")
+
+
+@app.command()
+def status(run: RunName, runs_dir: RunsDir = "runs") -> None:
+    """How far a run is, and whether it is alive."""
+    from cluster.run_status import status as status_of
+
+    typer.echo(status_of(_run_dir(run, runs_dir)))
+
+
+@app.command()
+def audit(run: RunName, runs_dir: RunsDir = "runs") -> None:
+    """Prove from the files that every prompt was trained exactly as often as configured."""
+    from cluster.audit import audit as audit_of
+
+    result = audit_of(_run_dir(run, runs_dir))
+    typer.echo(str(result))
+    sys.exit(1 if result.violation else 0)
+
+
+@app.command()
+def report(run: RunName, runs_dir: RunsDir = "runs") -> None:
+    """Write runs/<name>/report.html, one self-contained page."""
+    from cluster.report import write_report
+
+    typer.echo(str(write_report(_run_dir(run, runs_dir))))
+
+
+@app.command()
+def export(
+    run: RunName,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    step: Annotated[int | None, typer.Option(help="A checkpoint's step; default: the newest.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    runs_dir: RunsDir = "runs",
+) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load."""
+    from cluster.export import export_run
+
+    export_run(_run_dir(run, runs_dir), out, step, dtype)
+    typer.echo(str(out))
+
+
+def _load(config: Path, overrides: list[str] | None, kind: type[Stage]) -> Stage:
+    return load_config(config, overrides or [], kind)
+
+
+def _run_dir(run: str, runs_dir: str) -> Path:
+    for folder in (Path(run), Path(runs_dir) / run):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise BadInput(f"{run}: no run of that name in {runs_dir}; see the folders there, or give --runs-dir")
+
+
+def _one_process(config: Any) -> None:
+    """The environment of engine and learner, set before torch is imported."""
+    from actors.vllm_engine import ENGINE_ENV
+
+    if config.device == "cpu":
+        os.environ.update(ENGINE_ENV)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; failures become one line and an exit code."""
+    sys.path.insert(0, os.getcwd())  # the user's own modules, e.g. reward functions
+    if home := os.environ.get("RAYLIGN_HOME"):  # a job's code is elsewhere than its data and runs
+        os.chdir(home)
+    sys.exit(_guarded(lambda: app(arguments)))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        return int(command() or 0)
+    except BadInput as error:
+        return _say("bad input", error, 2)
+    except KeyboardInterrupt:
+        return _say("stopped", "by the keyboard", 130)
+    except SystemExit as done:
+        return int(done.code or 0)
+    except Exception as error:
+        if os.environ.get("RAYLIGN_TRACEBACK"):
+            raise
+        return _say("failed", f"{error} (RAYLIGN_TRACEBACK=1 shows where)", 3)
+
+
+def _say(kind: str, message: object, code: int) -> int:
+    print(f"raylign: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    from cluster.cli import main as imported_main  # so that nothing is known as __main__
+
+    imported_main()

@@ -1,0 +1,149 @@
+"""Held-out evaluation: sample, let the judge score, compare with the policy at the start.
+
+win_rate: share of samples that the judge scores above an independent sample of the starting policy
+for the same prompt, a tie counts half. So at the start it is 0.5 but for noise.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.rollout_worker import Dropped
+from actors.trajectory import Completion, Prompt
+from cluster.config import EvaluationConfig
+from cluster.learner_group import LearnerGroup
+from cluster.placement import Member, RoleFailed, ask
+from cluster.supervisor import Supervisor
+from learner.learner_worker import Samples
+from reward_service.api import ScoreFailure, ScoreRequest
+
+SCORE_TIMEOUT_S = 600.0
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The samples of one evaluation, and its figures."""
+
+    step: int
+    table: pa.Table
+    metrics: dict[str, float]
+
+
+class Evaluation:
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        prompts: list[Prompt],
+        folder: Path,
+        *,
+        seed: int,
+        supervisor: Supervisor,
+        learner: LearnerGroup,
+        judge: Member,
+        rewards: Member,
+    ) -> None:
+        """`rewards` may be the judge itself; then one score serves as both."""
+        self._config = config
+        repeats = -(-(config.num_samples or len(prompts)) // len(prompts))
+        draws = [replace(prompt, epoch=i) for i in range(repeats) for prompt in prompts]
+        self._prompts = draws[: config.num_samples or len(prompts)]
+        self._folder = folder
+        self._seed = seed
+        self._supervisor = supervisor
+        self._learner = learner
+        self._judge = judge
+        self._rewards = rewards
+
+    async def start(self) -> None:
+        """Sample the baseline: what every later evaluation is compared with."""
+        if not self._path(BASELINE).is_file():
+            self._write(BASELINE, await self._sampled(BASELINE))
+
+    async def run(self, step: int) -> Evaluated:
+        """Evaluate the policy the generators have now."""
+        name = f"step-{step:06d}"
+        table = await self._sampled(name)
+        self._write(name, table)
+        baseline = pq.read_table(self._path(BASELINE))["judge_score"].to_numpy()
+        judged = table["judge_score"].to_numpy()
+        metrics = {
+            "evaluation/win_rate": float(np.mean((judged > baseline) + 0.5 * (judged == baseline))),
+            "evaluation/judge_mean": float(judged.mean()),
+            "evaluation/reward_mean": float(table["reward_score"].to_numpy().mean()),
+        }
+        if self._config.temperature > 0:  # of greedy completions it would be no estimate of the KL
+            metrics["evaluation/kl_to_ref"] = float(table["kl_to_ref"].to_numpy().mean())
+        return Evaluated(step, table, metrics)
+
+    def read(self, step: int) -> pa.Table:
+        return pq.read_table(self._path(f"step-{step:06d}"))
+
+    async def _sampled(self, name: str) -> pa.Table:
+        seed = zlib.crc32(f"{self._seed}/{name}".encode())
+        samples: list[tuple[ScoreRequest, Completion]] = await self._supervisor.sample(
+            self._prompts, self._config.temperature, seed
+        )
+        requests = [request for request, _ in samples]
+        completions = [completion for _, completion in samples]
+        judged = await _scores(self._judge, requests)
+        same = self._rewards is self._judge
+        rewards = judged if same else await _scores(self._rewards, requests)
+        reference = await self._learner.reference_logprobs(
+            Samples(
+                tuple(np.array(r.prompt_ids) for r in requests),
+                tuple(np.array(c.ids) for c in completions),
+                self._config.temperature or 1.0,
+            )
+        )
+        kl = [sum(c.logprobs) - float(ref.sum()) for c, ref in zip(completions, reference, strict=True)]
+        return pa.table(
+            {
+                "prompt_id": [prompt.prompt_id for prompt in self._prompts],
+                "prompt": [request.prompt for request in requests],
+                "completion": [request.completion for request in requests],
+                "judge_score": pa.array(judged, pa.float64()),
+                "reward_score": pa.array(rewards, pa.float64()),
+                "kl_to_ref": pa.array(kl, pa.float64()),
+                "finish_reason": [request.finish_reason for request in requests],
+            }
+        )
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.parquet"
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        aside = self._path(name + ".partial")
+        pq.write_table(table, aside)
+        os.replace(aside, self._path(name))
+
+
+async def _scores(service: Member, requests: list[ScoreRequest]) -> list[float]:
+    outcomes: list[Any] = await ask(service, service.handle.score, requests, within=SCORE_TIMEOUT_S)
+    for outcome in outcomes:
+        if isinstance(outcome, ScoreFailure):
+            raise RoleFailed(f"{service.name}: {outcome.trajectory_id}: {outcome.reason}")
+    return [outcome.score for outcome in outcomes]
+
+
+def dropped_rows(dropped: Dropped, samples: int, now: float) -> list[dict[str, Any]]:
+    """The lines of dropped.jsonl for a prompt given up: one a sample."""
+    return [
+        {
+            "prompt_id": dropped.prompt_id,
+            "epoch": dropped.epoch,
+            "sample_index": sample,
+            "reason": dropped.reason,
+            "time": now,
+        }
+        for sample in range(samples)
+    ]

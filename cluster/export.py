@@ -1,0 +1,35 @@
+"""`raylign export`: a run's checkpoint -> a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from cluster import checkpoints
+from cluster.config import BadInput
+
+
+def export_run(run_dir: Path, out: Path, step: int | None, dtype: str) -> None:
+    """Raises BadInput if there is no such intact checkpoint, or `out` holds something already."""
+    if dtype not in ("float32", "bfloat16"):
+        raise BadInput(f"--dtype: {dtype}; give float32 or bfloat16")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out}: is not empty; give a new folder")
+    checkpoint = _checkpoint(run_dir, step)
+    source = yaml.safe_load((run_dir / "config.yaml").read_text())["policy"]
+    from learner.hf_folder import export_checkpoint
+
+    export_checkpoint(checkpoint.learner, source, out, dtype)
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> checkpoints.Checkpoint:
+    if step is None:
+        found, problems = checkpoints.newest_intact(run_dir)
+        if found is None:
+            raise BadInput(f"{run_dir}: no intact checkpoint ({'; '.join(problems) or 'none yet'})")
+        return found
+    path = run_dir / "checkpoints" / f"step-{step:06d}"
+    if problem := checkpoints.damage(path):
+        raise BadInput(f"{problem}; see `raylign status` for the steps there are")
+    return checkpoints.Checkpoint(path, step)

@@ -1,0 +1,285 @@
+"""Builds and wires a PPO run. Topology is here and nowhere else.
+
+            prompts (driver)                          reward service    judge (evaluation only)
+                |  admit: as many as the                    ^  |             ^
+                v  staleness bound allows     <prompt,      |  | scores      |
+       +--------------------+                 completion>   |  v             |
+       | rollout worker 0.. | ----------------------------------             |
+       |  + vLLM generator  | -- trajectories --> buffer (driver)            |
+       +--------------------+                       |  take                  |
+                ^                                   v                        |
+                |  weights: version,        +------------------+             |
+                |  digest, probe            | learner rank 0.. |             |
+                +-------------------------- |  FSDP: PPO step  |             |
+                                            +------------------+             |
+       held-out samples of the generators -----------------------------------+
+
+    who               consumes        produces       waits for               is unblocked by
+    rollout workers   prompts         trajectories   completions, scores     engine, reward service
+    reward service    requests        scores         a full batch or time    rollout workers
+    driver            trajectories    batches        a ready step            rollout workers
+    learner           batches         weights        a batch                 driver
+    generators        weights         completions    nothing, in flight      learner
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from actors.prompts import PromptStream
+from actors.vllm_engine import ENGINE_ENV
+from cluster import checkpoints
+from cluster.config import RunConfig
+from cluster.doctor import Inputs, check_gpus, check_inputs
+from cluster.evaluation import Evaluation, dropped_rows
+from cluster.learner_group import LearnerGroup
+from cluster.ledger import Ledger
+from cluster.live_view import LiveView
+from cluster.metrics import MetricsWriter, RayMetricsSink
+from cluster.placement import Host, InProcessHost, Member, RayHost
+from cluster.roles import LearnerRole, RewardRole, RolloutRole, RolloutSpec
+from cluster.run import Run
+from cluster.run_files import RunFiles
+from cluster.summary import finish
+from cluster.supervisor import Supervisor
+from cluster.train import train
+from learner.learner_worker import LEARNER_ENV, LearnerSpec, probe_ids
+from reward_service.config import RewardServiceConfig
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: bool) -> str:
+    """The `train` command: check, launch, train, report. Returns how it ended: finished | stopped."""
+    started = _process_start()
+    inputs = check_inputs(config)
+    files = RunFiles(config)
+    checkpoint, problems = (
+        checkpoints.newest_intact(files.folder) if resume else (None, [])
+    )
+    files.open(resume=resume, overwrite=overwrite)
+    files.status("starting", step=0, num_steps=config.num_steps)
+    with LiveView(config.name, config.num_steps) as view:
+        for problem in problems:
+            view.note(f"checkpoint not usable: {problem}; using the one before it")
+        host: Host = (
+            InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
+        )
+        try:
+            return asyncio.run(_run(config, inputs, files, view, host, checkpoint, started))
+        except BaseException as error:
+            files.status("failed", step=0, num_steps=config.num_steps, error=str(error))
+            raise
+        finally:
+            host.close()
+
+
+async def _run(
+    config: RunConfig,
+    inputs: Inputs,
+    files: RunFiles,
+    view: LiveView,
+    host: Host,
+    checkpoint: checkpoints.Checkpoint | None,
+    started: float,
+) -> str:
+    in_process = isinstance(host, InProcessHost)
+    if isinstance(host, RayHost):
+        check_gpus(config, host.num_gpus())
+    sinks = [] if in_process else [RayMetricsSink(config.name)]
+    metrics = MetricsWriter(
+        files.folder, resume_step=checkpoint.step if checkpoint else None, sinks=sinks
+    )
+    members: list[Member] = []
+    run = _wire(config, inputs, files, view, host, metrics, members, started)
+    loop = asyncio.get_running_loop()
+    for received in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
+        loop.add_signal_handler(received, _ask_to_stop, run, received)
+    try:
+        await _bring_up(run, checkpoint)
+        await train(run)
+        return await finish(run)
+    finally:
+        await run.supervisor.close()
+        metrics.close()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(host.stop(members), 15.0)
+
+
+def _wire(
+    config: RunConfig,
+    inputs: Inputs,
+    files: RunFiles,
+    view: LiveView,
+    host: Host,
+    metrics: MetricsWriter,
+    members: list[Member],
+    started: float,
+) -> Run:
+    """Start every component at once (they load side by side) and hand each what it needs."""
+    cuda = config.device == "cuda"
+    logs = files.folder.resolve() / "logs"
+
+    def deploy(name: str, kind: type, *args: Any, env: dict[str, str], gpus: float = 0) -> Member:
+        member = host.start(name, kind, *args, env=env, gpus=gpus if cuda else 0)
+        members.append(member)
+        return member
+
+    def service(name: str, reward: RewardServiceConfig) -> Member:
+        merge = config.max_staleness > 0
+        log = logs / f"{name}.log"
+        args = (name, reward, merge, log)
+        return deploy(name, RewardRole, *args, env=LEARNER_ENV, gpus=reward.num_gpus)
+
+    rewards = service("reward", config.reward)
+    generators = [
+        deploy(
+            f"generator-{index}",
+            RolloutRole,
+            _rollout_spec(config, f"generator-{index}", logs),
+            rewards.handle,
+            env=ENGINE_ENV,
+            gpus=config.generators.tensor_parallel_size,
+        )
+        for index in range(config.generators.count)
+    ]
+    spec = _learner_spec(config, inputs)
+    ranks = [
+        deploy(
+            f"learner-{rank}",
+            LearnerRole,
+            spec,
+            rank,
+            logs / f"learner-{rank}.log",
+            env=LEARNER_ENV,
+            gpus=1,
+        )
+        for rank in range(config.learner.ranks)
+    ]
+    learner = LearnerGroup(ranks, host, timeout_s=config.learner.timeout_s)
+    samples = config.sampling.samples_per_prompt
+    supervisor = Supervisor(
+        generators,
+        host,
+        PromptStream(inputs.prompts, seed=config.seed, shuffle=config.prompts.shuffle),
+        Ledger(prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness),
+        rollout_timeout_s=config.generators.rollout_timeout_s,
+        on_drop=lambda dropped: files.dropped(dropped_rows(dropped, samples, time.time())),
+    )
+    evaluation = None
+    if config.evaluation is not None:
+        same = config.evaluation.scorer == config.reward.scorer
+        judge = (
+            rewards if same else service("judge", RewardServiceConfig(scorer=config.evaluation.scorer))
+        )
+        evaluation = Evaluation(
+            config.evaluation,
+            inputs.held_out,
+            files.folder / "evaluation",
+            seed=config.seed,
+            supervisor=supervisor,
+            learner=learner,
+            judge=judge,
+            rewards=rewards,
+        )
+    return Run(
+        config=config,
+        host=host,
+        files=files,
+        metrics=metrics,
+        view=view,
+        supervisor=supervisor,
+        learner=learner,
+        services=members,
+        evaluation=evaluation,
+        prompts=inputs.prompts,
+        started=started,
+    )
+
+
+async def _bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
+    """Load models, agree on the weights' layout, push and prove the first version, self-check."""
+    run.view.stage("loading the models")
+    loaded, _ = await asyncio.gather(
+        run.learner.start(run.files.folder), run.supervisor.statuses(within=600.0)
+    )
+    if checkpoint is not None:
+        await run.restore(checkpoint)
+        run.view.note(f"resumed from the checkpoint of step {checkpoint.step}")
+    run.files.event(
+        "run_started", step=run.step, parameters=loaded[0]["parameters"], device=loaded[0]["device"]
+    )
+    members = [*run.supervisor.generators, *run.learner.ranks]
+    segment = None
+    if SHARED_MEMORY.is_dir() and await run.host.same_machine(members):
+        _sweep_segments()
+        segment = str(SHARED_MEMORY / f"raylign-{os.getpid()}-{run.config.name}")
+    await run.supervisor.agree_layout(await run.learner.prepare_publish(segment))
+    await run.publish(run.step)
+    await run.self_check()
+    if checkpoint is None:
+        await run.evaluate()
+
+
+def _rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
+    return RolloutSpec(
+        name=name,
+        model=str(Path(config.policy).resolve()),
+        generators=config.generators,
+        sampling=config.sampling,
+        reward=config.reward,
+        probe_bound=config.self_check.probe,
+        seed=config.seed,
+        score_together=config.max_staleness == 0,
+        log_file=logs / f"{name}.log",
+    )
+
+
+def _learner_spec(config: RunConfig, inputs: Inputs) -> LearnerSpec:
+    policy = str(Path(config.policy).resolve())
+    init, ptx = config.ppo.value_init, config.ppo.ptx
+    paths = {
+        "value_init": str(Path(init).resolve()) if init else None,
+        "ptx": ptx.model_copy(update={"path": str(Path(ptx.path).resolve())}) if ptx else None,
+    }
+    ppo = config.ppo.model_copy(update=paths)
+    return LearnerSpec(
+        policy=policy,
+        reference=str(Path(config.reference).resolve()) if config.reference else policy,
+        ppo=ppo,
+        learner=config.learner,
+        seed=config.seed,
+        num_steps=config.num_steps,
+        push_dtype=config.generators.dtype,
+        probe_ids=probe_ids(inputs.vocabulary_size, set(inputs.tokenizer.all_special_ids)),
+    )
+
+
+def _ask_to_stop(run: Run, received: signal.Signals) -> None:
+    run.view.note(f"{received.name}: finishing the step at hand, then a checkpoint")
+    run.stopped_by = received
+    run.stop.set()
+
+
+def _sweep_segments() -> None:
+    """Remove shared-memory segments of runs whose driver is gone (killed, so nobody cleaned up)."""
+    import psutil
+
+    for path in SHARED_MEMORY.glob("raylign-*-*"):
+        owner = path.name.split("-")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _process_start() -> float:
+    import psutil
+
+    return psutil.Process().create_time()
+

@@ -1,0 +1,104 @@
+"""The ledger: every prompt that is out, in exactly one state, and how many more may go out.
+
+    stream -> leased (to the generators) -> finished (scored, in the buffer) -> consumed in a step
+                                        \\-> dropped, with a reason
+
+Admission bounds staleness. With n prompts a step, prompts leased while the learner's version is v are
+numbered below (v + 1 + max_staleness) n, not counting drops; steps consume the oldest first; so a
+prompt leased at v is consumed at version v + max_staleness at the latest, provided that a step waits
+for those it would otherwise leave behind (`ready`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actors.trajectory import Prompt
+
+Key = tuple[str, int]  # prompt_id, epoch
+
+
+@dataclass
+class Lease:
+    """A prompt that is out. `version`: the learner's when it was leased; its tokens are as new."""
+
+    prompt: Prompt
+    number: int
+    version: int
+    finished: bool = False
+
+
+class Ledger:
+    def __init__(self, *, prompts_per_step: int, max_staleness: int) -> None:
+        self._per_step = prompts_per_step
+        self._max_staleness = max_staleness
+        self._leases: dict[Key, Lease] = {}
+        self._next_number = 0
+        self.num_leased = 0  # ever, drops not counted
+        self.num_consumed = 0
+        self.num_dropped = 0
+
+    def capacity(self, version: int) -> int:
+        """How many prompts may be leased now."""
+        return (version + 1 + self._max_staleness) * self._per_step - self.num_leased
+
+    def lease(self, prompt: Prompt, version: int) -> None:
+        key = (prompt.prompt_id, prompt.epoch)
+        assert key not in self._leases, f"{key} is out already"
+        self._leases[key] = Lease(prompt, self._next_number, version)
+        self._next_number += 1
+        self.num_leased += 1
+
+    def finish(self, key: Key) -> None:
+        lease = self._leases[key]
+        assert not lease.finished, f"{key} finished twice"
+        lease.finished = True
+
+    def drop(self, key: Key) -> None:
+        """Given up: its place may be taken by another prompt."""
+        assert not self._leases.pop(key).finished, f"{key} was finished, and cannot be dropped"
+        self.num_leased -= 1
+        self.num_dropped += 1
+
+    def ready(self, version: int) -> list[Key] | None:
+        """The prompts of the next step, oldest first; None while a step has to wait."""
+        finished = [(lease.number, key) for key, lease in self._leases.items() if lease.finished]
+        due = version - self._max_staleness
+        late = any(not lease.finished and lease.version <= due for lease in self._leases.values())
+        if late or len(finished) < self._per_step:
+            return None
+        return [key for _, key in sorted(finished)[: self._per_step]]
+
+    def consume(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            assert self._leases.pop(key).finished, f"{key} was not finished"
+            self.num_consumed += 1
+
+    def outstanding(self) -> list[Prompt]:
+        """Leased, not finished; in the order of the leases."""
+        leases = sorted(self._leases.values(), key=lambda lease: lease.number)
+        return [lease.prompt for lease in leases if not lease.finished]
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {
+            "num_leased": self.num_leased,
+            "num_consumed": self.num_consumed,
+            "num_dropped": self.num_dropped,
+            "leases": [asdict(lease) for lease in self._leases.values()],
+        }
+
+    def without_leases(self) -> dict[str, Any]:
+        """The state as it was before anything was leased that is not consumed."""
+        return {**self.state(), "num_leased": self.num_consumed, "leases": []}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.num_leased = state["num_leased"]
+        self.num_consumed = state["num_consumed"]
+        self.num_dropped = state["num_dropped"]
+        for saved in state["leases"]:
+            prompt = Prompt(**{**saved["prompt"], "ids": tuple(saved["prompt"]["ids"])})
+            self._leases[prompt.prompt_id, prompt.epoch] = Lease(**{**saved, "prompt": prompt})
+            self._next_number = max(self._next_number, saved["number"] + 1)

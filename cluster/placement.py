@@ -1,0 +1,196 @@
+"""Where components run: as Ray actors, or all in this process. One way to reach them for both.
+
+A Member is a component that runs somewhere; `ask` awaits one of its methods and turns every way that
+can fail (death, silence, an exception over there) into a RoleFailed that names the member.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.config import BadInput
+
+PLACEMENT_TIMEOUT_S = 60.0
+
+
+class RoleFailed(Exception):
+    """A member died, did not answer in time, or raised. The message names it and what was asked."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A deployed component: the name people see, and the actor handle or the object itself."""
+
+    name: str
+    handle: Any
+
+
+async def ask(member: Member, method: Any, *args: Any, within: float) -> Any:
+    """Call `member.handle.<method>`, given as that attribute, and await the answer.
+
+    Raises RoleFailed; the original exception is its cause.
+    """
+    label = getattr(method, "_method_name", None) or getattr(method, "__name__", "call")
+    try:
+        answer = method.remote(*args) if hasattr(method, "remote") else method(*args)
+        if inspect.isawaitable(answer):
+            answer = await asyncio.wait_for(_settle(answer), within)
+        return answer
+    except TimeoutError as error:
+        raise RoleFailed(f"{member.name}: no answer to {label} within {within:g} s") from error
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        raise RoleFailed(_explain(member, label, error)) from error
+
+
+async def _settle(answer: Any) -> Any:
+    return await answer
+
+
+def _explain(member: Member, label: str, error: Exception) -> str:
+    kind = type(error).__name__
+    if kind in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
+        return f"{member.name}: its process died during {label}"
+    cause = getattr(error, "cause", None) or error  # Ray wraps what the method raised
+    return f"{member.name}: {label}: {type(cause).__name__}: {cause}"
+
+
+class Host(Protocol):
+    """Starts components somewhere."""
+
+    def start(
+        self, name: str, kind: type, *args: Any, env: Mapping[str, str], gpus: float = 0
+    ) -> Member: ...
+    def share(self, value: Any) -> Any:
+        """`value`, or a reference to it that any number of members can be given at one copy's cost."""
+        ...
+
+    async def same_machine(self, members: list[Member]) -> bool: ...
+    async def stop(self, members: list[Member]) -> None: ...
+    def close(self) -> None: ...
+
+
+class InProcessHost:
+    """Everything in this process: a breakpoint anywhere works."""
+
+    def start(
+        self, name: str, kind: type, *args: Any, env: Mapping[str, str], gpus: float = 0
+    ) -> Member:
+        return Member(name, kind(*args))
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    async def same_machine(self, members: list[Member]) -> bool:
+        return True
+
+    async def stop(self, members: list[Member]) -> None:
+        for member in members:
+            if inspect.isawaitable(closing := member.handle.close()):
+                await closing
+
+    def close(self) -> None:
+        return
+
+
+class RayHost:
+    """Ray actors, in one namespace a run, never restarted by Ray: a death is seen at once."""
+
+    def __init__(self, address: str | None, namespace: str) -> None:
+        import ray
+
+        self._ray = ray
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = address or os.environ.get("RAY_ADDRESS")
+        common: dict[str, Any] = {
+            "namespace": namespace,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if address is None:
+            # A Ray of our own: loopback only, without the dashboard, which costs seconds to start.
+            ray.init(
+                address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **common
+            )
+        else:
+            _probe(address)
+            ray.init(address=address, **common)
+
+    def start(
+        self, name: str, kind: type, *args: Any, env: Mapping[str, str], gpus: float = 0
+    ) -> Member:
+        env = dict(env) if gpus else {**env, "CUDA_VISIBLE_DEVICES": ""}
+        options: dict[str, Any] = {
+            "name": name,
+            "num_cpus": 0,
+            "num_gpus": gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": {**env, "PYTHONPATH": _python_path()}},
+        }
+        if gpus:
+            options["scheduling_strategy"] = self._bundle(name, gpus)
+        return Member(name, self._ray.remote(kind).options(**options).remote(*args))
+
+    def _bundle(self, name: str, gpus: float) -> Any:
+        """A placement group of its own: one that cannot be had is an error in words, not a wait."""
+        from ray.util.placement_group import placement_group, placement_group_table
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = placement_group([{"GPU": gpus}], strategy="STRICT_PACK")
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            state = placement_group_table(group).get("stats", {}).get("scheduling_state", "PENDING")
+            free = self._ray.available_resources().get("GPU", 0)
+            raise RoleFailed(f"{name}: no place for {gpus:g} GPUs ({state}; {free:g} are free)")
+        return PlacementGroupSchedulingStrategy(group)
+
+    def num_gpus(self) -> float:
+        return self._ray.cluster_resources().get("GPU", 0.0)
+
+    def share(self, value: Any) -> Any:
+        return self._ray.put(value)
+
+    async def same_machine(self, members: list[Member]) -> bool:
+        from ray.util.state import get_actor
+
+        found = [get_actor(member.handle._actor_id.hex()) for member in members]
+        return len({actor.node_id for actor in found if actor is not None}) == 1
+
+    async def stop(self, members: list[Member]) -> None:
+        closings = [ask(member, member.handle.close, within=10.0) for member in members]
+        await asyncio.gather(*closings, return_exceptions=True)
+        for member in members:
+            self._ray.kill(member.handle)
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _python_path() -> str:
+    """Actors import what this process imports, wherever their raylet was started."""
+    code = Path(__file__).resolve().parents[1]
+    paths = [str(code), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(filter(None, paths)))
+
+
+def _probe(address: str) -> None:
+    """Refuse a dead address at once: Ray itself would retry for minutes."""
+    import socket
+
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        raise BadInput(
+            f"ray_address: nothing answers at {address}; start Ray there (ray start --head) or correct it"
+        ) from None

@@ -1,0 +1,384 @@
+"""`raylign report RUN`: one HTML page about a run, without a single outside resource.
+
+It shows what the run has: a stage without evaluation or a run that is still going on has fewer
+sections. All text from the run is escaped, completions above all: a model wrote them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cluster import report_charts as charts
+from cluster.live_view import duration, printable
+from cluster.metrics import METRICS, metric
+from cluster.report_charts import Series, number
+from cluster.run_status import (
+    ROUTINE,
+    Evaluation,
+    RunRecord,
+    event_text,
+    read_evaluations,
+    read_run,
+)
+
+MAX_ROWS = 200  # of a table; the files have the rest
+MAX_SAMPLES = 8
+
+
+# section -> title of a chart -> the metrics it draws
+SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Progress": {
+        "Reward score": ("reward/score_mean",),
+        "KL to the reference": ("learner/kl_to_ref", "evaluation/kl_to_ref"),
+        "Win rate, held-out": ("evaluation/win_rate",),
+        "Judge score, held-out": ("evaluation/judge_mean",),
+        "Reward score, held-out": ("evaluation/reward_mean",),
+        "Completion length": ("rollout/completion_tokens_mean",),
+        "Truncated completions": ("rollout/truncated_fraction",),
+        "Loss": ("sft/loss", "sft/held_out_loss"),
+        "Pairwise loss": ("reward_model/loss", "reward_model/held_out_loss"),
+        "Accuracy": ("reward_model/accuracy", "reward_model/held_out_accuracy"),
+    },
+    "PPO": {
+        "Clip fraction": ("learner/clip_fraction",),
+        "approx_kl": ("learner/approx_kl",),
+        "Explained variance": ("learner/explained_variance",),
+        "Entropy": ("learner/entropy",),
+        "Policy loss": ("learner/policy_loss",),
+        "Value loss": ("learner/value_loss",),
+        "Gradient norm": ("learner/grad_norm_policy", "learner/grad_norm_value"),
+        "Generator against learner": (
+            "learner/behavior_difference_mean",
+            "learner/behavior_difference_max",
+        ),
+    },
+    "System": {
+        "Staleness": ("staleness/mean", "staleness/max"),
+        "Tokens a second": ("rollout/tokens_per_s", "learner/tokens_per_s", "sft/tokens_per_s"),
+        "Seconds a step": ("time/step_s", "time/rollout_wait_s", "time/update_s"),
+        "Generators busy": ("rollout/generator_busy_share",),
+        "Weight push": ("weights/push_s",),
+    },
+}
+BANDS = {"reward/score_mean": "reward/score_sd"}  # metric -> the half-width drawn around it
+
+
+class Tile(NamedTuple):
+    label: str
+    metric: str  # for a run that has no summary, and where the summary has no such figure
+    before: str = "start"  # key of the summary; "" where the start says nothing
+    after: str = "end"
+    format: str = "{:.3g}"
+    note: str = "first and last step"
+
+
+TILES = (
+    Tile("Win rate", "evaluation/win_rate", "win_rate_before", "win_rate", "{:.0%}", "held-out"),
+    Tile("Judge score", "evaluation/judge_mean", "judge_before", "judge_after", note="held-out"),
+    Tile("Reward score", "evaluation/reward_mean", "score_before", "score_after", note="held-out"),
+    Tile("Reward score", "reward/score_mean", note="training"),
+    Tile("KL to reference", "learner/kl_to_ref", "", "kl_to_ref", note="nats a completion"),
+    Tile("Loss", "sft/loss"),
+    Tile("Pairwise loss", "reward_model/loss"),
+    Tile("Accuracy", "reward_model/accuracy", format="{:.0%}"),
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes report.html into the folder of the run, whole or not at all; returns its path."""
+    run = read_run(run_dir)
+    path = run.run_dir / "report.html"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(printable(_page(run)), encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def _page(run: RunRecord) -> str:
+    evaluations = read_evaluations(run.run_dir)
+    versions = [f"{name} {version}" for name, version in run.summary.get("versions", {}).items()]
+    sections = [
+        _header(run),
+        _tiles(run),
+        *_curves(run),
+        _held_out(evaluations),
+        _samples(run, evaluations),
+        _timing(run),
+        _happened(run),
+        _details("Configuration", run.config_text),
+        _details("Versions", "\n".join(versions)),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(_name(run))} - raylign</title><style>{STYLE}{charts.STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _name(run: RunRecord) -> str:
+    return str(run.summary.get("name") or run.run_dir.resolve().name)
+
+
+def _header(run: RunRecord) -> str:
+    about = []
+    if stage := run.summary.get("stage"):
+        about.append(f"stage {stage}")
+    if "seed" in run.summary:
+        about.append(f"seed {run.summary['seed']}")
+    if "updated_at" in run.status:
+        about.append(time.strftime("%Y-%m-%d %H:%M", time.localtime(run.status["updated_at"])))
+    error = run.status.get("error")
+    return (
+        f'<header><h1>{escape(_name(run))}</h1><span class="state {escape(run.state)}">'
+        f"{escape(run.state)}</span><p>{escape(', '.join(about))}</p></header>"
+        + (f'<p class="error">{escape(str(error))}</p>' if error else "")
+    )
+
+
+def _tiles(run: RunRecord) -> str:
+    tiles = [_change(run, tile) for tile in TILES]
+    tiles.append(_tile("Steps", _steps(run)))
+    wall_s = run.summary.get("wall_s")
+    tiles.append(_tile("Wall time", _elapsed(run) if wall_s is None else duration(wall_s)))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _change(run: RunRecord, tile: Tile) -> str:
+    """From the summary; of a run without one (it goes on, or failed) from its metrics."""
+    values = [row[tile.metric] for row in run.metrics if tile.metric in row]
+    before, after = run.summary.get(tile.before), run.summary.get(tile.after)
+    if after is None and values:
+        after = values[-1]
+        before = values[0] if len(values) > 1 and tile.before else None
+    if after is None:
+        return ""
+    start = f"<em>{tile.format.format(before)} → </em>" if before is not None else ""
+    return _tile(tile.label, start + tile.format.format(after), tile.note)
+
+
+def _tile(label: str, value: str, note: str = "") -> str:
+    """`value` is HTML."""
+    return f'<div class="tile"><span>{label}</span><b>{value}</b><small>{note}</small></div>'
+
+
+def _steps(run: RunRecord) -> str:
+    done = run.summary.get("steps", run.metrics[-1]["step"] if run.metrics else 0)
+    planned = run.status.get("num_steps")
+    more = f"<em> / {escape(str(planned))}</em>" if planned else ""
+    return escape(str(done)) + more
+
+
+def _elapsed(run: RunRecord) -> str:
+    times = [row["time"] for row in [*run.events, *run.metrics] if "time" in row]
+    return duration(max(times) - min(times)) if times else "-"
+
+
+def _curves(run: RunRecord) -> Iterator[str]:
+    shown = {"step", "time", *BANDS.values()}
+    for section, wanted in SECTIONS.items():
+        figures = "".join(_figure(run, title, names) for title, names in wanted.items())
+        shown.update(name for names in wanted.values() for name in names)
+        if figures:
+            yield f'<h2>{section}</h2><div class="charts">{figures}</div>'
+    others = dict.fromkeys(name for row in run.metrics for name in row if name not in shown)
+    if figures := "".join(_figure(run, name, (name,)) for name in others):
+        yield (
+            '<details class="card"><summary>Other metrics</summary>'
+            f'<div class="charts pad">{figures}</div></details>'
+        )
+
+
+def _figure(run: RunRecord, title: str, names: tuple[str, ...]) -> str:
+    series = [Series(name, points) for name in names if (points := _points(run, name))]
+    if not series:
+        return ""
+    note = "; ".join(_description(one.label) for one in series)
+    return charts.line_chart(title, note, series)
+
+
+def _points(run: RunRecord, name: str) -> list[charts.Point]:
+    columns = [name, BANDS[name]] if name in BANDS else [name]
+    return [
+        (row["step"], *(row[column] for column in columns))
+        for row in run.metrics
+        if all(column in row for column in columns)
+    ]
+
+
+def _description(name: str) -> str:
+    try:
+        return metric(name).description
+    except ValueError:
+        return "written by another version of raylign"
+
+
+def _held_out(evaluations: list[Evaluation]) -> str:
+    groups = [
+        (label, scores)
+        for label, rows in evaluations
+        if (scores := [row["judge_score"] for row in rows if row["judge_score"] is not None])
+    ]
+    if not groups:
+        return ""
+    note = f"share of completions by judge score, {len(groups[0][1])} held-out prompts"
+    picture = charts.histogram("Judge score", note, groups)
+    table = _table(
+        ("", "prompts", "judge", "reward score", "KL to reference", "finished"),
+        [(label, len(rows), *_averages(rows)) for label, rows in evaluations],
+    )
+    sides = f'{picture}<div class="card scroll">{table}</div>'
+    return f'<h2>Held-out comparison</h2><div class="two">{sides}</div>'
+
+
+def _averages(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for column in ("judge_score", "reward_score", "kl_to_ref"):
+        values = [row[column] for row in rows if row[column] is not None]
+        yield number(math.fsum(values) / len(values)) if values else "-"
+    yield f"{sum(row['finish_reason'] == 'stop' for row in rows) / len(rows):.0%}"
+
+
+def _samples(run: RunRecord, evaluations: list[Evaluation]) -> str:
+    samples = run.summary.get("samples") or _paired(evaluations)
+    cards = "".join(_sample(i, sample) for i, sample in enumerate(samples[:MAX_SAMPLES], 1))
+    return f"<h2>Completions before and after</h2>{cards}" if cards else ""
+
+
+def _paired(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
+    if len(evaluations) < 2:
+        return []
+    after = {row["prompt_id"]: row for row in reversed(evaluations[1][1])}
+    return [
+        {"prompt": row["prompt"], "before": row["completion"], "judge_before": row["judge_score"],
+         "after": later["completion"], "judge_after": later["judge_score"]}
+        for row in evaluations[0][1][:4]
+        if (later := after.get(row["prompt_id"]))
+    ]  # fmt: skip
+
+
+def _sample(index: int, sample: Mapping[str, Any]) -> str:
+    sides = []
+    for side in ("before", "after"):
+        judge = sample.get(f"judge_{side}")
+        score = f"<b>judge {number(judge)}</b>" if judge is not None else ""
+        text = escape(str(sample.get(side, ""))) or '<span class="none">(empty)</span>'
+        sides.append(f'<div><h4>{side}{score}</h4><div class="text">{text}</div></div>')
+    prompt = escape(str(sample.get("prompt", "")))
+    return (
+        f'<article class="card sample"><h3>Prompt {index}</h3>'
+        f'<div class="prompt text">{prompt}</div><div class="pair">{"".join(sides)}</div></article>'
+    )
+
+
+def _timing(run: RunRecord) -> str:
+    """Seconds by role, from the summary; without it the parts of the steps so far."""
+    timing = run.summary.get("timing") or {
+        name.removeprefix("time/").removesuffix("_s").replace("_", " "): math.fsum(values)
+        for name in METRICS
+        if name.startswith("time/") and name != "time/step_s"
+        if (values := [row[name] for row in run.metrics if name in row])
+    }
+    parts = [(role, seconds) for role, seconds in timing.items() if seconds > 0]
+    if not parts:
+        return ""
+    note = "Above max_staleness 0, roles work at the same time: the seconds then overlap."
+    bar = charts.stacked_bar(parts)
+    return f'<h2>Time</h2><div class="card pad">{bar}<p class="none">{note}</p></div>'
+
+
+def _happened(run: RunRecord) -> str:
+    told = [event for event in run.events if event.get("event") not in ROUTINE][-MAX_ROWS:]
+    pushes = len([event for event in run.events if event.get("event") in ROUTINE])
+    rows = [(event_text(event) + "  ").split(" ", 2) for event in told]
+    events = _table(("time", "event", "details"), rows, [row[1] for row in rows])
+    drops = [
+        (d.get("reason"), d.get("prompt_id"), d.get("epoch"), d.get("sample_index"))
+        for d in run.dropped[:MAX_ROWS]
+    ]
+    reasons = ", ".join(f"{n} {reason}" for reason, n in run.drop_reasons.most_common()) or "none"
+    table = _table(("reason", "prompt", "epoch", "sample"), drops) if drops else ""
+    return (
+        f'<h2>Events</h2><div class="two"><div class="card scroll">{events}'
+        f'<p class="pad none">and {pushes} weight sets published</p></div>'
+        f'<div class="card scroll"><p class="pad"><b>Dropped samples:</b> {escape(reasons)}</p>'
+        f"{table}</div></div>"
+    )
+
+
+def _table(
+    head: Iterable[str], rows: Iterable[Iterable[Any]], styles: list[str] | None = None
+) -> str:
+    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    body = ""
+    for i, row in enumerate(rows):
+        style = f' class="{escape(styles[i])}"' if styles else ""
+        cells = "".join(f"<td>{escape('-' if x is None else str(x))}</td>" for x in row)
+        body += f"<tr{style}>{cells}</tr>"
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _details(title: str, text: str) -> str:
+    if not text:
+        return ""
+    return f'<details class="card"><summary>{title}</summary><pre>{escape(text)}</pre></details>'
+
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1b2330;--muted:#667085;--rule:#e4e7ec;
+--c0:#2f6fde;--c1:#e07b39;--c2:#2a9d78;--c3:#9a5fc9;--c4:#c9a227;--c5:#8a94a6;
+--good:#1a7f4e;--bad:#c0362c;--wait:#9a6700}
+@media(prefers-color-scheme:dark){:root{--bg:#12161d;--card:#1a202a;--ink:#e6eaf0;--muted:#97a3b6;
+--rule:#2b3442;--c0:#6ea3ff;--c1:#f2a065;--c2:#56c9a2;--c3:#c493ee;--c4:#e3c35a;--c5:#7f8a9c;
+--good:#4cc38a;--bad:#ff7b72;--wait:#e3b341}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
+main{max-width:1360px;margin:0 auto;padding:32px 24px 64px}
+header{display:flex;flex-wrap:wrap;align-items:baseline;gap:6px 14px;margin-bottom:20px}
+h1{font-size:28px;line-height:1.2;margin:0;overflow-wrap:anywhere}
+h2{font-size:19px;margin:40px 0 12px}
+header p{margin:0;color:var(--muted)}
+.state{font-size:13px;font-weight:600;padding:2px 10px;border-radius:99px;
+border:1px solid currentColor;color:var(--wait)}
+.state.finished{color:var(--good)}.state.failed,.state.died{color:var(--bad)}
+.error{border-left:4px solid var(--bad);padding:8px 14px;background:var(--card);
+white-space:pre-wrap;overflow-wrap:anywhere}
+.card,.tile{background:var(--card);border:1px solid var(--rule);border-radius:10px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px}
+.tile{padding:14px 16px}
+.tile span{display:block;color:var(--muted);font-size:13px}
+.tile b{display:block;font-size:24px;line-height:1.35;font-variant-numeric:tabular-nums}
+.tile b em{font-style:normal;font-weight:400;font-size:17px;color:var(--muted)}
+.tile small{color:var(--muted)}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(380px,100%),1fr));gap:14px}
+.pad{padding:16px}
+.sample{margin-bottom:14px;overflow:hidden}
+.sample h3{margin:0;padding:10px 16px;font-size:13px;color:var(--muted);
+border-bottom:1px solid var(--rule)}
+.sample .prompt{padding:10px 16px;border-bottom:1px solid var(--rule);font-weight:600}
+.pair{display:grid;grid-template-columns:1fr 1fr}
+.pair>div{padding:10px 16px 14px;min-width:0}.pair>div+div{border-left:1px solid var(--rule)}
+.pair h4{display:flex;justify-content:space-between;margin:0 0 4px;font-size:13px;
+color:var(--muted)}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:18em;overflow:auto}
+@media(max-width:700px){.pair{grid-template-columns:1fr}.pair>div+div{border-left:0;
+border-top:1px solid var(--rule)}}
+.scroll{overflow:auto;max-height:30em}
+table{border-collapse:collapse;width:100%;font-size:14px}
+th,td{text-align:left;padding:6px 12px;border-bottom:1px solid var(--rule);vertical-align:top}
+th{color:var(--muted);font-weight:600;position:sticky;top:0;background:var(--card)}
+td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+tr.warning td,tr.generator_died td{color:var(--bad)}
+td:not(:last-child){white-space:nowrap}
+details{margin-top:12px}summary{cursor:pointer;padding:10px 16px;font-weight:600}
+pre{margin:0;padding:0 16px 16px;overflow:auto;font-size:13px}
+.two svg{max-width:480px;margin:0 auto}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:14px}
+.none{color:var(--muted)}
+@media print{.card,.tile{break-inside:avoid}}
+"""

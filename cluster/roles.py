@@ -1,0 +1,104 @@
+"""The components as they are built where they run: what an actor's constructor does there.
+
+No class here adds behaviour; it builds a component of its parts from a spec that pickles.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.config import GeneratorsConfig, SamplingConfig
+from actors.rollout_worker import RolloutWorker
+from learner.learner_worker import LearnerSpec, LearnerWorker
+from reward_service.api import ScoreRequest
+from reward_service.client import RewardClient
+from reward_service.config import RewardServiceConfig
+from reward_service.service import RewardService
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """What one generator and its rollout worker are told."""
+
+    name: str
+    model: str
+    generators: GeneratorsConfig
+    sampling: SamplingConfig
+    reward: RewardServiceConfig
+    probe_bound: float
+    seed: int
+    score_together: bool
+    log_file: Path
+
+
+class RolloutRole(RolloutWorker):
+    """A generator with its rollout worker, which reaches the reward service through `rewards`."""
+
+    def __init__(self, spec: RolloutSpec, rewards: Any) -> None:
+        log_to(spec.log_file)
+        from actors.generator import Generator
+        from actors.prompts import load_tokenizer
+
+        tokenizer = load_tokenizer(spec.model)
+        generator = Generator(
+            spec.generators,
+            model=spec.model,
+            name=spec.name,
+            probe_bound=spec.probe_bound,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+        call = rewards.score.remote if hasattr(rewards.score, "remote") else rewards.score
+        super().__init__(
+            generator,
+            RewardClient(_awaiting(call), spec.reward),
+            spec.sampling,
+            seed=spec.seed,
+            score_together=spec.score_together,
+        )
+
+
+class LearnerRole(LearnerWorker):
+    """One rank of the learner."""
+
+    def __init__(self, spec: LearnerSpec, rank: int, log_file: Path) -> None:
+        log_to(log_file)
+        super().__init__(spec, rank)
+
+    def __repr__(self) -> str:
+        return f"Learner(rank {self._rank} of {self._spec.learner.ranks})"
+
+
+class RewardRole(RewardService):
+    """The reward service, or the judge of the evaluation."""
+
+    def __init__(self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path) -> None:
+        log_to(log_file)
+        self._name = name
+        super().__init__(config, merge_calls=merge_calls)
+
+    def __repr__(self) -> str:
+        return f"RewardService({self._name})"
+
+
+def _awaiting(call: Any) -> Any:
+    async def score(requests: Sequence[ScoreRequest]) -> Any:
+        return await call(requests)
+
+    return score
+
+
+def log_to(path: Path) -> None:
+    """This process's warnings, and the stacks of a crash, into the run's own log of this actor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    if "ray" in sys.modules:  # in one process the terminal is the better place
+        faulthandler.enable(path.open("a"))

@@ -1,0 +1,240 @@
+"""A PPO run: its wired components, and the verbs that the loop in train.py is made of."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actors.trajectory import Prompt
+from cluster import checkpoints
+from cluster.config import RunConfig
+from cluster.evaluation import Evaluated, Evaluation
+from cluster.learner_group import LearnerGroup
+from cluster.live_view import LiveView
+from cluster.metrics import MetricsWriter
+from cluster.placement import Host, Member, RoleFailed
+from cluster.run_files import RunFiles
+from cluster.supervisor import Supervisor
+from learner.learner_worker import Samples
+
+SELF_CHECK_PROMPTS = 16
+HISTORY = 16  # steps
+
+
+@dataclass
+class Run:
+    """Everything of one run. `step` counts finished steps and is the published policy_version."""
+
+    config: RunConfig
+    host: Host
+    files: RunFiles
+    metrics: MetricsWriter
+    view: LiveView
+    supervisor: Supervisor
+    learner: LearnerGroup
+    services: list[Member]
+    evaluation: Evaluation | None
+    prompts: list[Prompt]
+    started: float  # unix time of the command
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    stopped_by: int | None = None  # the signal's number
+    step: int = 0
+    evaluations: list[Evaluated] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
+    _boundary: tuple[int, int] = (0, 0)
+    _busy_s: float = 0.0
+
+    # ---- the verbs of a step
+
+    async def take(self) -> pa.Table | None:
+        """Lease what may be leased, then wait for the next batch; None if a stop was asked for."""
+        self._boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
+        await self.supervisor.admit(self.step)
+        return await self.supervisor.take(self.step, self.stop)
+
+    async def update(self, batch: pa.Table) -> dict[str, float]:
+        folder = self.files.folder / "trajectories"
+        return await self.learner.update(batch, self.step + 1, self.step, folder)
+
+    async def publish(self, version: int) -> dict[str, float]:
+        """Push the learner's weights as `version`; returns once every generator has proved them."""
+        started = time.perf_counter()
+        update = await self.learner.publish(version)
+        proofs = await self.supervisor.receive_weights(update)
+        seconds = time.perf_counter() - started
+        self.files.event(
+            "weights_published",
+            version=version,
+            step=version,
+            digest=update.digests[0] if len(update.digests) == 1 else list(update.digests),
+            seconds=round(seconds, 4),
+        )
+        return {
+            "weights/push_s": seconds,
+            "weights/bytes": float(self.push_bytes),
+            "weights/probe_difference_max": max(proof["probe_difference"] for proof in proofs),
+        }
+
+    async def checkpoint(self) -> None:
+        started = time.perf_counter()
+        aside = checkpoints.begin(self.files.folder, self.step)
+        await self.learner.save(aside / checkpoints.LEARNER)
+        (aside / checkpoints.DRIVER).write_text(json.dumps(self._driver_state()))
+        self.supervisor.buffer.save(aside / checkpoints.BUFFER)
+        checkpoints.commit(aside, self.step, self.config.checkpoint.keep)
+        self.files.event("checkpoint_saved", step=self.step)
+        self.spent("checkpoint", time.perf_counter() - started)
+
+    async def evaluate(self) -> dict[str, float]:
+        """Held-out evaluation of the published policy; {} without one in the config."""
+        if self.evaluation is None:
+            return {}
+        started = time.perf_counter()
+        self.view.stage("held-out evaluation")
+        if self.step == 0:
+            await self.evaluation.start()
+        evaluated = await self.evaluation.run(self.step)
+        self.evaluations.append(evaluated)
+        self.files.event("evaluation", step=self.step, **_rounded(evaluated.metrics))
+        self.view.note(_evaluation_line(evaluated))
+        self.spent("evaluation", time.perf_counter() - started)
+        return evaluated.metrics
+
+    def evaluation_due(self, last: bool) -> bool:
+        every = self.config.evaluation.every if self.config.evaluation else None
+        return last or (every is not None and self.step % every == 0)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """The step's line of metrics.jsonl, and what the people at the terminal see of it."""
+        self.history = [*self.history, metrics][-HISTORY:]
+        self.view.step(self.metrics.write(self.step, metrics))
+        self.files.status("running", step=self.step, num_steps=self.config.num_steps)
+
+    def warn(self, message: str) -> None:
+        self.files.event("warning", step=self.step, message=message)
+        self.view.note(f"WARNING: {message}")
+
+    # ---- before the first step
+
+    async def self_check(self) -> dict[str, float]:
+        """Same weights, same tokens: generator logprobs against learner logprobs, within bounds."""
+        bounds, temperature = self.config.self_check, self.config.sampling.temperature
+        samples = await self.supervisor.sample(
+            self.prompts[:SELF_CHECK_PROMPTS], temperature, self.config.seed
+        )
+        learned = await self.learner.policy_logprobs(
+            Samples(
+                tuple(np.array(request.prompt_ids) for request, _ in samples),
+                tuple(np.array(completion.ids) for _, completion in samples),
+                temperature,
+            )
+        )
+        generated = np.concatenate([completion.logprobs for _, completion in samples])
+        difference = np.abs(generated - np.concatenate(learned))
+        mean, worst = float(difference.mean()), float(difference.max())
+        self.view.note(
+            f"self-check: generator and learner logprobs differ by {mean:.1e} (mean), {worst:.1e} "
+            f"(max) over {len(difference)} tokens"
+        )
+        if not (mean <= bounds.max_mean_difference and worst <= bounds.max_difference):
+            raise RoleFailed(
+                f"self-check: generators and learner disagree on the same weights and tokens: mean "
+                f"{mean:.2g} (bound {bounds.max_mean_difference:g}), max {worst:.2g} (bound "
+                f"{bounds.max_difference:g}); same dtype on both sides? see self_check in the config"
+            )
+        return {"mean": mean, "max": worst}
+
+    async def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Become the run that wrote `checkpoint`."""
+        state = checkpoint.driver_state()
+        await self.learner.load(checkpoint.learner)
+        self.step = checkpoint.step
+        self.supervisor.stream.cursor = state["cursor"]
+        self.supervisor.ledger.restore(state["ledger"])
+        self.supervisor.buffer.restore(checkpoint.buffer)
+        self.seconds = state["seconds"]
+        self.files.rewind(checkpoint.step, state["num_dropped"])
+        self.files.event("resumed", step=checkpoint.step)
+
+    def _driver_state(self) -> dict[str, Any]:
+        """What the driver needs to go on. A synchronous run goes on at the last step's end: what is
+        half rolled out is forgotten and comes again, the same, from the same cursor and seeds."""
+        supervisor = self.supervisor
+        cursor, num_dropped = supervisor.stream.cursor, self.files.num_dropped()
+        if self.config.max_staleness == 0 and supervisor.ledger.outstanding():
+            cursor, num_dropped = self._boundary
+            ledger = supervisor.ledger.without_leases()
+        else:
+            ledger = supervisor.ledger.state()
+        return {
+            "cursor": cursor,
+            "ledger": ledger,
+            "num_dropped": num_dropped,
+            "seconds": self.seconds,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    # ---- figures
+
+    @property
+    def push_bytes(self) -> int:
+        return self.learner.push_bytes
+
+    def spent(self, role: str, seconds: float) -> float:
+        self.seconds[role] = self.seconds.get(role, 0.0) + seconds
+        return seconds
+
+    async def rollout_metrics(self, batch: pa.Table, waited_s: float) -> dict[str, float]:
+        """What the batch shows of generation and scoring."""
+        scores = batch["score"].to_numpy()
+        lengths = pc.list_value_length(batch["completion_ids"]).to_numpy()  # type: ignore[attr-defined]
+        staleness = self.step - batch["policy_version"].to_numpy()
+        truncated = pc.mean(pc.equal(batch["finish_reason"], "length"))  # type: ignore[attr-defined]
+        statuses = await self.supervisor.statuses()
+        busy = sum(status["busy_s"] for status in statuses)
+        generating = max(busy - self._busy_s, 1e-9)
+        self._busy_s = busy
+        self.view.roles(
+            {s.name: f"{st['running']} running" for s, st in zip(self.supervisor.generators, statuses, strict=True)}
+        )
+        self.spent("generation", generating / len(statuses))
+        metrics = {
+            "rollout/completion_tokens": float(lengths.sum()),
+            "rollout/completion_tokens_mean": float(lengths.mean()),
+            "rollout/tokens_per_s": float(lengths.sum() / max(waited_s, 1e-9)),
+            "rollout/samples_per_s": len(lengths) / max(waited_s, 1e-9),
+            "rollout/truncated_fraction": float(truncated.as_py()),
+            "reward/score_mean": float(scores.mean()),
+            "reward/score_sd": float(scores.std()),
+            "reward/score_s_mean": float(batch["score_s"].to_numpy().mean()),
+            "reward/dropped": float(self.supervisor.ledger.num_dropped),
+            "staleness/mean": float(staleness.mean()),
+            "staleness/max": float(staleness.max()),
+        }
+        return metrics | _part_means(batch)
+
+
+def _part_means(batch: pa.Table) -> dict[str, float]:
+    rows = [dict(parts) for parts in batch["score_parts"].to_pylist()]
+    names = sorted({name for row in rows for name in row})
+    return {
+        f"reward/part/{name}": float(np.mean([row[name] for row in rows if name in row]))
+        for name in names
+    }
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("evaluation/"): round(value, 4) for name, value in metrics.items()}
+
+
+def _evaluation_line(evaluated: Evaluated) -> str:
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in _rounded(evaluated.metrics).items())
+    return f"held-out, step {evaluated.step}: {figures}"

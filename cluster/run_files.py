@@ -1,0 +1,90 @@
+"""The run folder: what the driver writes there beside metrics, checkpoints and evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import BadInput, StageConfig
+
+
+class RunFiles:
+    """runs/<name>/: config.yaml, events.jsonl, dropped.jsonl, status.json, summary.json."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self.folder = config.run_dir
+        self._config = config
+
+    def open(self, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder. BadInput if there is a run in it and neither `resume` nor `overwrite`."""
+        exists = (self.folder / "config.yaml").exists()
+        if exists and not (resume or overwrite):
+            raise BadInput(
+                f"{self.folder}: there is a run already; --resume goes on with it, --overwrite deletes "
+                "it, name=... makes another"
+            )
+        if resume and not exists:
+            raise BadInput(f"{self.folder}: no run to resume; leave --resume out")
+        if exists and overwrite:
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+            (self.folder / "config.yaml").write_text(text)
+        except OSError as error:
+            raise BadInput(f"{self.folder}: cannot write there ({error.strerror}); set runs_dir") from None
+
+    def event(self, event: str, **facts: Any) -> None:
+        self._append("events.jsonl", {"time": time.time(), "event": event, **facts})
+
+    def dropped(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._append("dropped.jsonl", row)
+
+    def status(self, state: str, **facts: Any) -> None:
+        stage = getattr(self._config, "stage", "")
+        self._replace(
+            "status.json",
+            {"state": state, "stage": stage, "pid": os.getpid(), "updated_at": time.time(), **facts},
+        )
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self._replace("summary.json", summary)
+
+    def num_dropped(self) -> int:
+        path = self.folder / "dropped.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def rewind(self, step: int, num_dropped: int) -> None:
+        """Withdraw what a run did after its checkpoint of `step`, before it goes on from there."""
+        for path in (self.folder / "trajectories").glob("step-*.parquet"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        self._keep("dropped.jsonl", lambda number, _: number < num_dropped)
+        self._keep("events.jsonl", lambda _, event: event.get("step", 0) <= step)
+
+    def _keep(self, name: str, wanted: Callable[[int, dict[str, Any]], bool]) -> None:
+        path = self.folder / name
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for i, line in enumerate(lines) if wanted(i, json.loads(line))]
+            self._replace_text(name, "".join(kept))
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _replace(self, name: str, content: dict[str, Any]) -> None:
+        self._replace_text(name, json.dumps(content, indent=1))
+
+    def _replace_text(self, name: str, text: str) -> None:
+        aside = self.folder / (name + ".partial")
+        aside.write_text(text)
+        os.replace(aside, self.folder / name)

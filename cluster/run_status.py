@@ -1,0 +1,146 @@
+"""What the folder of a run says: as a record for the report, as text for `raylign status`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+
+from cluster.config import BadInput
+from cluster.live_view import duration, figures, printable
+from cluster.metrics import read_json_lines
+
+Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
+LAST_EVENTS = 8
+ROUTINE = {"weights_published"}  # one each step: they would hide the others
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The small files of a run; a run that has not come so far has empty ones."""
+
+    run_dir: Path
+    status: dict[str, Any]  # state, step, num_steps, stage, pid, updated_at, error
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    dropped: list[dict[str, Any]]
+    checkpoints: list[int]
+    config_text: str
+
+    @property
+    def state(self) -> str:
+        """As the run wrote it, or "died" when it claims to go on and its process is gone."""
+        state = self.status.get("state", "unknown")
+        return "died" if state in ("starting", "running") and not self.alive else state
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there: on this machine, the only one that can be looked at."""
+        try:
+            started = psutil.Process(self.status["pid"]).create_time()
+            # A process younger than the run's last word has merely got the same number.
+            return started <= self.status["updated_at"] + 1
+        except (KeyError, psutil.NoSuchProcess):
+            return False
+
+    @property
+    def drop_reasons(self) -> Counter[str]:
+        return Counter(str(drop.get("reason", "unknown")) for drop in self.dropped)
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise BadInput(f"{run_dir}: no such run; give the folder of a run, e.g. runs/NAME")
+    config = run_dir / "config.yaml"
+    if not config.is_file() and not (run_dir / "status.json").is_file():
+        raise BadInput(f"{run_dir}: not a run (no config.yaml); give a folder such as runs/NAME")
+    return RunRecord(
+        run_dir=run_dir,
+        status=_read_object(run_dir / "status.json"),
+        summary=_read_object(run_dir / "summary.json"),
+        metrics=read_json_lines(run_dir / "metrics.jsonl"),
+        events=read_json_lines(run_dir / "events.jsonl"),
+        dropped=read_json_lines(run_dir / "dropped.jsonl"),
+        checkpoints=_checkpoint_steps(run_dir),
+        config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+
+
+def read_evaluations(run_dir: Path) -> list[Evaluation]:
+    """The first and the last evaluation of the run, as far as there are any."""
+    files = sorted(Path(run_dir).glob("evaluation/step-[0-9]*[0-9].parquet"))
+    return [
+        (f"{label}, step {_step(file)}", pq.read_table(file).to_pylist())
+        for label, file in zip(["before", "after"], files[:1] + files[1:][-1:], strict=False)
+    ]
+
+
+def status(run_dir: Path) -> str:
+    run = read_run(run_dir)
+    lines = [
+        _headline(run),
+        *_row("error", printable(str(run.status.get("error") or ""))),
+        *_row("last step", _last_step(run)),
+        *_row("checkpoints", ", ".join(f"step {step}" for step in run.checkpoints) or "none"),
+        *_row("dropped", ", ".join(f"{n} {why}" for why, n in run.drop_reasons.items()) or "none"),
+    ]
+    events = [event for event in run.events if event.get("event") not in ROUTINE][-LAST_EVENTS:]
+    lines += [
+        f"{'events' if i == 0 else '':<12} {event_text(event)}" for i, event in enumerate(events)
+    ]
+    return "\n".join(lines)
+
+
+def event_text(event: dict[str, Any]) -> str:
+    """One event as "12:30:05 checkpoint_saved step=10"."""
+    known = {"time", "event"}
+    details = " ".join(f"{key}={value}" for key, value in event.items() if key not in known)
+    clock = time.strftime("%H:%M:%S", time.localtime(event.get("time", 0)))
+    return printable(f"{clock} {event.get('event', '?')} {details}".rstrip())
+
+
+def _headline(run: RunRecord) -> str:
+    given = run.status
+    parts = [run.state]
+    if "step" in given:
+        stage = f" ({given['stage']})" if given.get("stage") else ""
+        parts.append(f"step {given['step']}/{given.get('num_steps', '?')}{stage}")
+    if "pid" in given and run.state in ("starting", "running", "died"):
+        parts.append(f"process {given['pid']} {'alive' if run.alive else 'not on this machine'}")
+    if "updated_at" in given:
+        parts.append(f"updated {duration(max(0, time.time() - given['updated_at']))} ago")
+    return f"{run.run_dir.name}: {', '.join(parts)}"
+
+
+def _last_step(run: RunRecord) -> str:
+    if not run.metrics:
+        return ""
+    pairs = [f"{label} {value}" for label, value in figures(run.metrics[-1])]
+    return " | ".join([str(run.metrics[-1]["step"]), *pairs])
+
+
+def _row(label: str, text: str) -> list[str]:
+    return [f"{label:<12} {text}"] if text else []
+
+
+def _checkpoint_steps(run_dir: Path) -> list[int]:
+    """Only complete ones: the manifest is written last."""
+    manifests = run_dir.glob("checkpoints/step-*/manifest.json")
+    folders = [path.parent for path in manifests if path.parent.suffix != ".partial"]
+    return sorted(_step(folder) for folder in folders)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

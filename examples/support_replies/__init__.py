@@ -1,0 +1,1 @@
+"""Support replies: a reward model learned from noisy preference pairs, and PPO against it."""

@@ -1,0 +1,75 @@
+"""Saves and loads the learner through torch's distributed checkpoint: exact, and for any rank count.
+
+The folder's manifest (cluster side) is written last and names every file's digest; a folder is opened
+only after its digests were verified, because torch's metadata file holds a pickle.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from learner.ppo_update import PPOUpdate
+
+
+class _ModelState:
+    """A model with its optimizer, as one entry of a checkpoint."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._model, self._optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self._model,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+
+class _RunState:
+    """What else decides the next step: the KL coefficient and torch's random state."""
+
+    def __init__(self, update: PPOUpdate) -> None:
+        self._update = update
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_coef": self._update.kl_coef, "rng": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._update.kl_coef = state["kl_coef"]
+        torch.set_rng_state(state["rng"])
+
+
+def save(folder: Path, update: PPOUpdate) -> None:
+    """A collective: every rank writes its shards into `folder`, which must be new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a group of one is no mistake
+        dcp.save(_parts(update), checkpoint_id=str(folder))
+
+
+def load(folder: Path, update: PPOUpdate) -> None:
+    """A collective. The caller has verified the folder's digests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(_parts(update), checkpoint_id=str(folder))
+
+
+def _parts(update: PPOUpdate) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "policy": _ModelState(update.models.policy, update.policy_optimizer.adamw),
+        "run": _RunState(update),
+    }
+    if update.models.value is not None and update.value_optimizer is not None:
+        parts["value"] = _ModelState(update.models.value, update.value_optimizer.adamw)
+    return parts

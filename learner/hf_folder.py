@@ -1,0 +1,68 @@
+"""Writes Hugging Face folders that transformers and vLLM load: after SFT, and `raylign export`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from learner.policy import PolicyModel
+from learner.weight_publisher import PREFIX
+
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".index.json")
+
+
+def gather_weights(policy: PolicyModel) -> dict[str, Tensor]:
+    """A collective: the full weights by checkpoint name on rank 0, copied; {} on the others."""
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        if not name.startswith(PREFIX):
+            continue
+        tensor = parameter.detach()
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            weights[name.removeprefix(PREFIX)] = full.to("cpu", copy=True)
+    return weights
+
+
+def write_folder(weights: Mapping[str, Tensor], source: str, out: Path) -> None:
+    """`weights` with the config and tokenizer of the folder `source`; appears whole or not at all."""
+    aside = out.with_name(out.name + f".{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for path in sorted(Path(source).iterdir()):
+        if path.is_file() and not path.name.endswith(NOT_COPIED):
+            shutil.copy2(path, aside / path.name)
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, str(aside / "model.safetensors"), metadata={"format": "pt"})
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
+
+
+def export_checkpoint(checkpoint: Path, source: str, out: Path, dtype: str) -> None:
+    """The policy of a (verified) distributed checkpoint -> a Hugging Face folder, in one process."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import FileSystemReader
+
+    prefix = f"policy.model.{PREFIX}"
+    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith(prefix) and hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    weights = {n.removeprefix(prefix): t.to(getattr(torch, dtype)) for n, t in state.items()}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # stored under both names; the file needs one
+    write_folder(weights, source, out)

@@ -1,0 +1,211 @@
+"""One rank of the learner: models, PPO update, weight publishing, checkpoints. A plain class.
+
+Every method but `address` is a collective: all ranks are called, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from actors.weight_update import Probe, WeightLayout, WeightUpdate
+from learner import checkpoint
+from learner.batch import TrajectoryBatch
+from learner.config import LearnerConfig, PPOConfig
+from learner.packing import PackedRows, unpack
+from learner.policy import PolicyModel, load_policy, load_value_model
+from learner.ppo_update import Metrics, PPOUpdate
+from learner.process_group import Rendezvous, free_address, join
+from learner.supervised import SupervisedRows, load_supervised
+from learner.sweep import Models, Share, sweep
+from learner.weight_publisher import WeightPublisher
+
+# The environment of a learner process. Must be set before torch is imported.
+LEARNER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What one rank is told; nothing of the config that is not its own."""
+
+    policy: str
+    reference: str
+    ppo: PPOConfig
+    learner: LearnerConfig
+    seed: int
+    num_steps: int
+    push_dtype: str
+    probe_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions whose logprobs are asked for; nothing is trained on them."""
+
+    prompt_ids: tuple[np.ndarray, ...]
+    completion_ids: tuple[np.ndarray, ...]
+    temperature: float
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+class LearnerWorker:
+    """Holds its shards of policy, value model and reference."""
+
+    def __init__(self, spec: LearnerSpec, rank: int) -> None:
+        self._spec = spec
+        self._rank = rank
+        self._publisher: WeightPublisher | None = None
+
+    def address(self) -> tuple[str, int]:
+        return free_address()
+
+    def start(self, rendezvous: Rendezvous) -> dict[str, Any]:
+        """Join the group and load the models. Returns what the start report shows."""
+        spec, ppo = self._spec, self._spec.ppo
+        torch.manual_seed(spec.seed)
+        mesh = join(rendezvous, self._rank, spec.learner.timeout_s)
+        separate = ppo.uses_critic and ppo.value_model == "separate"
+        models = Models(
+            policy=load_policy(
+                spec.policy,
+                mesh,
+                spec.learner,
+                value_head=ppo.uses_critic and not separate,
+            ),
+            reference=load_policy(spec.reference, mesh, spec.learner, frozen=True),
+            value=load_value_model(ppo.value_init or spec.policy, mesh, spec.learner)
+            if separate
+            else None,
+        )
+        device = torch.device(mesh.device_type)
+        self._share = Share(
+            self._rank, rendezvous.world_size, spec.learner.max_tokens_per_microbatch, device
+        )
+        self._update = PPOUpdate(
+            models,
+            ppo,
+            self._share,
+            seed=spec.seed,
+            num_steps=spec.num_steps,
+            ptx_batches=self._ptx_batches(),
+        )
+        return {"pid": os.getpid(), "device": str(device), "parameters": _count(models.policy)}
+
+    def prepare_publish(self, segment: str | None) -> WeightLayout:
+        """`segment`: path stem in shared memory that generators can map, or None."""
+        self._publisher = WeightPublisher(
+            self._update.models.policy, dtype=self._spec.push_dtype, segment=segment
+        )
+        return self._publisher.layout
+
+    def publish(self, version: int) -> WeightUpdate | None:
+        """Write the weights as `version`; the update on rank 0."""
+        assert self._publisher is not None, "prepare_publish comes first"
+        return self._publisher.publish(version, self._probe())
+
+    def update(self, table: pa.Table, step: int, version: int, folder: str) -> Metrics:
+        """One PPO step on a batch of trajectories; rank 0 writes them, with what was made of them, to
+        `folder`. Returns metrics that are the same on every rank but for memory and time."""
+        started = time.perf_counter()
+        batch = TrajectoryBatch.of(table)
+        ppo, metrics = self._update.update(batch, step)
+        if self._rank == 0:
+            _write_table(
+                ppo.learned_columns(step, version), Path(folder) / f"step-{step:06d}.parquet"
+            )
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "learner/tokens_per_s": sum(batch.lengths) / seconds,
+            "learner/peak_memory_bytes": float(_peak_memory()),
+        }
+
+    def policy_logprobs(self, samples: Samples) -> list[np.ndarray]:
+        """The current policy's logprobs of each completion (for the self-check)."""
+        return self._logprobs(samples, self._update.models.policy)
+
+    def reference_logprobs(self, samples: Samples) -> list[np.ndarray]:
+        """The reference's logprobs of each completion (for the evaluation's KL)."""
+        return self._logprobs(samples, self._update.models.reference)
+
+    def save(self, folder: str) -> None:
+        checkpoint.save(Path(folder), self._update)
+
+    def load(self, folder: str) -> None:
+        checkpoint.load(Path(folder), self._update)
+
+    def close(self) -> None:
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _logprobs(self, samples: Samples, model: PolicyModel) -> list[np.ndarray]:
+        swept = sweep(samples, self._share, [lambda packed: model(packed, samples.temperature)[0]])
+        return [
+            row[: len(ids)].numpy() for row, ids in zip(swept[0], samples.completion_ids, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _probe(self) -> Probe:
+        """The probe's logprobs under the weights as they are now: what a generator must answer."""
+        ids = self._spec.probe_ids
+        packed = PackedRows.build([list(ids)], [1]).to(self._share.device)
+        logprobs: Tensor = self._update.models.policy(packed)[0]
+        row = unpack(logprobs.cpu(), packed.completion_lengths, len(ids) - 1)[0]
+        return Probe(ids, tuple(row.tolist()))
+
+    def _ptx_batches(self) -> Any:
+        ptx = self._spec.ppo.ptx
+        if ptx is None:
+            return None
+        from actors.prompts import load_tokenizer
+
+        tokenizer = load_tokenizer(self._spec.policy)
+        rows = load_supervised(
+            ptx.path, tokenizer, self._spec.learner.max_tokens_per_microbatch
+        )
+        return SupervisedRows(rows, batch_size=ptx.batch_size, seed=self._spec.seed).batch
+
+
+def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 24) -> tuple[int, ...]:
+    """A fixed sequence of ordinary tokens, spread over the vocabulary."""
+    candidates = [i for i in range(vocabulary_size) if i not in special_ids]
+    chosen = np.random.default_rng(0).choice(candidates, length)
+    return tuple(int(i) for i in chosen)
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    """Appears whole or not at all; a step that is done again after a resume replaces its file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    pq.write_table(table, aside)
+    os.replace(aside, path)

@@ -1,0 +1,155 @@
+"""Attention over packed rows that never looks across a sequence's border.
+
+Registered with transformers as 'raylign_packed'. transformers' own packing finds the borders in
+position_ids, but only without an attention mask and without a cache, and attends across sequences
+silently otherwise (config.use_cache is True by default). Here the borders are an argument:
+
+    use_packed_attention(model)
+    model(packed.input_ids, position_ids=packed.position_ids, cu_seqlens=packed.cu_seqlens)
+
+What it cannot compute exactly it refuses.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+NAME = "raylign_packed"
+# Extra arguments by which some models change the attention itself.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switches `model` to packed attention and its cache off. Other models keep their config."""
+    shared = model.config
+    foreign = set(getattr(shared, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if foreign:
+        raise ValueError(f"{type(model).__name__}: packed rows would leak through {foreign} layers")
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            # Models built from one config object would share its settings.
+            module.config = own  # type: ignore[assignment]
+    model.set_attn_implementation(NAME)
+    if own._attn_implementation != NAME:
+        raise ValueError(f"{type(model).__name__} does not support another attention function")
+    own.use_cache = False
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention in each sequence: query [1,Hq,T,D], key and value [1,Hkv,T,D] -> [1,T,Hq,D].
+
+    cu_seqlens: 0 and each sequence's end, on the host. Called by transformers' layers.
+    """
+    if cu_seqlens is None:
+        raise ValueError(f"{NAME} needs model(..., cu_seqlens=packed.cu_seqlens)")
+    if query.shape[0] != 1 or cu_seqlens[-1] != query.shape[2] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"one packed row of {cu_seqlens[-1]} tokens without a cache, got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)}"
+        )
+    longest = max(end - start for start, end in pairwise(cu_seqlens))
+    if sliding_window is not None and sliding_window < longest:
+        raise ValueError(f"sliding_window {sliding_window} is below a sequence of {longest} tokens")
+    if dropout != 0:
+        raise ValueError(f"attention dropout {dropout}: set attention_dropout to 0 in the config")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{type(module).__name__} is not causal")
+    if used := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
+        raise ValueError(f"{type(module).__name__} needs {used}, which {NAME} does not compute")
+    attend = _flash if _flash_can(query) else _loop
+    return attend(query, key, value, cu_seqlens, longest, scaling), None
+
+
+def _flash_can(query: Tensor) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: tuple[int, ...],
+    longest: int,
+    scaling: float | None,
+) -> Tensor:
+    """One kernel for all sequences; CUDA, float16 and bfloat16."""
+    borders = _on_device(cu_seqlens, query.device)
+    attended = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal; must be a tuple, it is compared with ==
+        enable_gqa=True,
+    )
+    assert isinstance(attended, Tensor)
+    return attended[None]
+
+
+def _loop(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: tuple[int, ...],
+    longest: int,
+    scaling: float | None,
+) -> Tensor:
+    """Sequence by sequence: the same arithmetic as without packing, on any device."""
+    del longest
+    attended = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for start, end in pairwise(cu_seqlens)
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+@lru_cache(maxsize=8)
+def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [b+1]; copied to the GPU once for a forward, not once for each layer."""
+    with torch.inference_mode(False):  # the cached tensor must serve a later backward too
+        return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+
+
+def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
+    if attention_mask is not None:
+        raise ValueError(f"{NAME} takes no attention_mask: packed rows have no padding")
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)  # type: ignore[arg-type]

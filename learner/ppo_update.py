@@ -1,0 +1,222 @@
+"""One PPO step on one rank: epochs x minibatches x microbatches over a PPOBatch.
+
+    prepare (sweep.py) -> for each minibatch: losses of my microbatches, summed gradients, one
+    optimizer step for the policy and one for the critic.
+
+A minibatch is the same set of trajectories for any number of ranks and microbatches, and its losses
+are normalised by its own token count over all ranks: neither cut changes the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from learner.batch import PPOBatch, TrajectoryBatch
+from learner.config import PPOConfig
+from learner.logprobs import kl_estimate
+from learner.optimizer import NotFinite, Optimizer
+from learner.packing import unpack
+from learner.ppo_loss import policy_loss, token_mean, value_loss
+from learner.process_group import max_over_ranks, sum_over_ranks
+from learner.supervised import SupervisedBatch, supervised_loss
+from learner.sweep import Models, Share, prepare
+
+Metrics = dict[str, float]
+
+
+class PPOUpdate:
+    """Owns the optimizers and the KL coefficient; `update` is called once a step on every rank."""
+
+    def __init__(
+        self,
+        models: Models,
+        config: PPOConfig,
+        share: Share,
+        *,
+        seed: int,
+        num_steps: int,
+        ptx_batches: Callable[[int], SupervisedBatch] | None = None,
+    ) -> None:
+        self.models = models
+        self.policy_optimizer = Optimizer(models.policy.parameters(), config.policy)
+        self.value_optimizer = (
+            Optimizer(models.value.parameters(), config.value) if models.value else None
+        )
+        self.kl_coef = config.kl.coef
+        self._config = config
+        self._share = share
+        self._seed = seed
+        self._num_steps = num_steps
+        self._ptx_batches = ptx_batches
+
+    def update(self, batch: TrajectoryBatch, step: int) -> tuple[PPOBatch, Metrics]:
+        """Train on one batch; `step` counts from 1. NotFinite leaves the weights of the minibatch
+        at hand as they were."""
+        lr = self.policy_optimizer.set_step(step - 1, self._num_steps)
+        if self.value_optimizer is not None:
+            self.value_optimizer.set_step(step - 1, self._num_steps)
+        ppo = prepare(batch, self.models, self._config, self._share, self.kl_coef)
+        history: list[Metrics] = []
+        for indices in self._minibatches(len(batch), step):
+            history.append(self._minibatch(ppo, indices, step * 1000 + len(history)))
+            if history[-1]["approx_kl"] > (self._config.max_approx_kl or float("inf")):
+                break
+        metrics = _step_metrics(ppo, history)
+        metrics |= {"learner/lr_policy": lr, "learner/kl_coef": self.kl_coef}
+        self._adapt_kl(metrics["learner/kl_to_ref"], len(batch))
+        return ppo, metrics
+
+    def _minibatches(self, size: int, step: int) -> Iterator[np.ndarray]:
+        for epoch in range(self._config.epochs):
+            order = np.random.default_rng([self._seed, step, epoch]).permutation(size)
+            yield from (np.sort(part) for part in np.split(order, self._config.minibatches))
+
+    def _minibatch(self, ppo: PPOBatch, indices: np.ndarray, number: int) -> Metrics:
+        batch = ppo.trajectories
+        counts = (int(batch.loss_mask[indices].sum()), int(ppo.value_mask[indices].sum()))
+        microbatches = self._share.of(batch, indices.tolist())
+        sums: dict[str, Tensor] = {}
+        for position, chosen in enumerate(microbatches):
+            self._sync_gradients(position == len(microbatches) - 1 and self._ptx_batches is None)
+            loss, metrics = self._losses(ppo, chosen, counts)
+            loss.backward()
+            for name, value in metrics.items():
+                is_max = name.endswith("_max")
+                old = sums.get(name, torch.zeros_like(value))
+                sums[name] = torch.maximum(old, value) if is_max else old + value
+        if self._ptx_batches is not None:
+            sums["ptx_loss"] = self._ptx(number)
+        metrics = _over_ranks(sums)
+        if not np.isfinite(metrics["policy_loss"] + metrics["value_loss"]):
+            raise NotFinite(f"the loss of a minibatch is not finite: {metrics}")
+        metrics["grad_norm_policy"] = self.policy_optimizer.apply("policy")
+        if self.value_optimizer is not None:
+            metrics["grad_norm_value"] = self.value_optimizer.apply("value model")
+        return metrics
+
+    def _losses(
+        self, ppo: PPOBatch, indices: list[int], counts: tuple[int, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one microbatch, and its share of the minibatch's metrics. No indices: zero."""
+        config, batch, device = self._config, ppo.trajectories, self._share.device
+        packed = self._share.pack(batch, indices)
+        width = batch.loss_mask.shape[1]
+
+        def rows(values: Tensor) -> Tensor:
+            return unpack(values, packed.completion_lengths, width)
+
+        def given(whole: Tensor) -> Tensor:
+            return whole[indices].to(device)
+
+        mask = given(batch.loss_mask)
+        flat_logprobs, flat_entropy, shared_values = self.models.policy(
+            packed, batch.temperature, config.entropy_coef > 0
+        )
+        logprobs, entropy = rows(flat_logprobs), rows(flat_entropy)
+        weights = None
+        if config.behavior_ratio_cap is not None:
+            ratio = (ppo.old_logprobs - batch.behavior_logprobs).exp()
+            weights = given(ratio.clamp(max=config.behavior_ratio_cap))
+        loss, metrics = policy_loss(
+            logprobs,
+            given(ppo.old_logprobs),
+            given(ppo.advantages),
+            mask,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+            ratio=config.ratio,
+            behavior_weights=weights,
+            num_loss_tokens=counts[0],
+        )
+        metrics = {**metrics, "policy_loss": loss.detach()}
+        if config.entropy_coef > 0:
+            metrics["entropy_bonus"] = token_mean(entropy, mask, counts[0])
+            loss = loss - config.entropy_coef * metrics["entropy_bonus"]
+        if config.kl.where == "loss":
+            k3 = kl_estimate(logprobs, given(ppo.ref_logprobs), kind="k3")
+            loss = loss + self.kl_coef * token_mean(k3, mask, counts[0])
+        metrics["value_loss"] = torch.zeros_like(loss).detach()
+        if config.uses_critic:
+            separate = self.models.value
+            values = rows(separate(packed) if separate is not None else shared_values)
+            critic_loss, critic_metrics = value_loss(
+                values,
+                given(ppo.values),
+                given(ppo.returns),
+                given(ppo.value_mask),
+                value_clip_range=config.value_clip_range,
+                num_loss_tokens=counts[1],
+            )
+            metrics |= {**critic_metrics, "value_loss": critic_loss.detach()}
+            loss = loss + config.value_coef * critic_loss
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def _ptx(self, number: int) -> Tensor:
+        """Gradients of the pretraining term (PPO-ptx); returns this rank's share of its loss."""
+        assert self._ptx_batches is not None and self._config.ptx is not None
+        batch = self._ptx_batches(number)
+        total = torch.zeros((), device=self._share.device)
+        microbatches = self._share.of(batch, range(len(batch)))
+        for position, chosen in enumerate(microbatches):
+            self._sync_gradients(position == len(microbatches) - 1)
+            loss = supervised_loss(self.models.policy, batch, chosen, self._share)
+            (self._config.ptx.coef * loss).backward()
+            total += loss.detach()
+        return total
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Sum gradients over ranks only behind the last microbatch."""
+        for model in (self.models.policy, self.models.value):
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(last)
+
+    def _adapt_kl(self, kl_to_ref: float, num_trajectories: int) -> None:
+        """The proportional controller of Ziegler et al. 2019 (section 2.2), if a target is set."""
+        kl = self._config.kl
+        if kl.target is not None:
+            error = float(np.clip(kl_to_ref / kl.target - 1.0, -0.2, 0.2))
+            self.kl_coef *= 1.0 + error * num_trajectories / kl.horizon
+
+
+def _over_ranks(sums: dict[str, Tensor]) -> Metrics:
+    names = sorted(sums)
+    maxima = [name for name in names if name.endswith("_max")]
+    others = [name for name in names if not name.endswith("_max")]
+    result: Metrics = {}
+    for group, reduce in ((maxima, max_over_ranks), (others, sum_over_ranks)):
+        if group:
+            values = reduce(torch.stack([sums[name].float() for name in group]))
+            result |= dict(zip(group, values.tolist(), strict=True))
+    return result
+
+
+def _step_metrics(ppo: PPOBatch, history: list[Metrics]) -> Metrics:
+    """Means over the step's minibatches, what only the first shows, and what the batch itself shows."""
+    batch = ppo.trajectories
+    mask = batch.loss_mask
+    metrics = {
+        f"learner/{name}": float(np.mean([one[name] for one in history]))
+        for name in history[0]
+        if name != "ratio_error_max"
+    }
+    metrics["learner/first_ratio_error"] = history[0]["ratio_error_max"]
+    metrics["learner/first_clip_fraction"] = history[0]["clip_fraction"]
+    metrics["learner/minibatches"] = len(history)
+    # E[-log pi(a)] is the entropy: the sampled tokens estimate it without another pass.
+    metrics["learner/entropy"] = -ppo.old_logprobs[mask].mean().item()
+    log_ratio = torch.where(mask, ppo.old_logprobs - ppo.ref_logprobs, 0.0)
+    metrics["learner/kl_to_ref"] = log_ratio.sum(1).mean().item()
+    difference = (ppo.old_logprobs - batch.behavior_logprobs).abs()[mask]
+    metrics["learner/behavior_difference_mean"] = difference.mean().item()
+    metrics["learner/behavior_difference_max"] = difference.max().item()
+    if ppo.value_mask.any():
+        returns, values = ppo.returns[ppo.value_mask], ppo.values[ppo.value_mask]
+        unexplained = (returns - values).var() / returns.var().clamp(min=1e-8)
+        metrics["learner/explained_variance"] = 1.0 - unexplained.item()
+    return metrics

@@ -1,0 +1,68 @@
+"""The learner's process group: how ranks meet, and the few collectives they use beside FSDP's own."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where ranks meet. On one machine that is a file, so that nothing listens; otherwise TCP."""
+
+    world_size: int
+    file: str = ""
+    host: str = ""
+    port: int = 0
+
+    def store(self, rank: int, timeout: timedelta) -> dist.Store:
+        if self.file:
+            return dist.FileStore(self.file, self.world_size)
+        return dist.TCPStore(
+            self.host, self.port, self.world_size, is_master=rank == 0, timeout=timeout
+        )
+
+
+def free_address() -> tuple[str, int]:
+    """This machine's address and a port that is free now, for rank 0 of a group over machines."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]
+
+
+def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> DeviceMesh:
+    """Join the group (gloo on CPU, NCCL on CUDA) and return its one-dimensional mesh."""
+    cuda = torch.cuda.is_available()
+    if rendezvous.file:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing off loopback
+    timeout = timedelta(seconds=timeout_s)
+    if cuda:
+        torch.cuda.set_device(0)
+    if not dist.is_initialized():  # in one process vLLM may have made the group of one
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=rendezvous.store(rank, timeout),
+            rank=rank,
+            world_size=rendezvous.world_size,
+            timeout=timeout,
+        )
+    mesh_device = "cuda" if cuda else "cpu"
+    return init_device_mesh(mesh_device, (rendezvous.world_size,), mesh_dim_names=("fsdp",))
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """In place; every rank must call it with the same shape."""
+    dist.all_reduce(tensor, dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor

@@ -1,0 +1,170 @@
+"""Scores with a reward model r_theta(x, y): a Hugging Face sequence classifier with one label."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from reward_service.api import ScoreRequest, ScoreResult
+from reward_service.config import RewardModelScorerConfig
+from reward_service.rules import as_result
+
+
+class RewardModelScorer:
+    """The score of a completion is the head's output at its last token, then
+    (score - score_mean) / score_sd where the folder's config.json has both.
+
+    `input: tokens` scores the ids as sampled. `input: text` encodes prompt + completion with the
+    model's own tokenizer, and adds its end-of-sequence token where the completion has stopped.
+    Raises ValueError for a folder that is no reward model, and for ids it cannot embed.
+    """
+
+    def __init__(self, config: RewardModelScorerConfig) -> None:
+        self._config = config
+        self._model = load_reward_model(config.path, dtype=getattr(torch, config.dtype))
+        self._mean, self._sd = _normalisation(config.path, self._model.config)
+        self._tokenizer: Any = (
+            AutoTokenizer.from_pretrained(config.path) if config.input == "text" else None
+        )
+        # One thread: forward passes share the cores (or the device), and do not gain from others.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-model")
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        loop = asyncio.get_running_loop()
+        scores = await loop.run_in_executor(self._thread, self._score, list(requests))
+        return [
+            as_result(request.trajectory_id, score)
+            for request, score in zip(requests, scores, strict=True)
+        ]
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _score(self, requests: list[ScoreRequest]) -> list[float]:
+        sequences = [self._ids(request) for request in requests]
+        for request, ids in zip(requests, sequences, strict=True):
+            check_ids(ids, self._model, f"{self._config.path}: {request.trajectory_id}")
+        scores = score_sequences(self._model, sequences, self._config.max_batch_tokens)
+        return ((scores.double() - self._mean) / self._sd).tolist()
+
+    def _ids(self, request: ScoreRequest) -> list[int]:
+        if self._tokenizer is None:
+            return [*request.prompt_ids, *request.completion_ids]
+        ids: list[int] = self._tokenizer(request.prompt + request.completion).input_ids
+        eos = self._tokenizer.eos_token_id
+        if eos is None or request.finish_reason != "stop" or ids[-1:] == [eos]:
+            return ids
+        return [*ids, int(eos)]
+
+
+def load_reward_model(path: str, *, dtype: torch.dtype) -> Any:
+    """The classifier in `path`, in evaluation mode, on cuda where there is one. ValueError if the
+    folder has not exactly one label, lacks weights (they would be random), or has no score head."""
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json; give the folder of a trained reward model")
+    labels = AutoConfig.from_pretrained(path).num_labels
+    if labels != 1:
+        raise ValueError(
+            f"{path}: has {labels} labels, a reward model has one; "
+            "train one from this folder with `raylign reward-model`"
+        )
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{path}: the weights lack {missing[0]}; give the folder of a trained reward model"
+        )
+    _head(model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def last_token_scores(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The head at the last token of each sequence -> scores [B] float32, with gradients if enabled.
+
+    Backbone and head are called apart: Hugging Face's own forward looks for the last token by
+    comparing with pad_token_id, so a pad id within a sequence, or none in the config, misleads it.
+    """
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    padded = nn.utils.rnn.pad_sequence(
+        [torch.tensor(ids, dtype=torch.long) for ids in sequences], batch_first=True
+    ).to(device)
+    lengths = lengths.to(device)
+    mask = torch.arange(padded.shape[1], device=device) < lengths[:, None]  # [B, T]
+    hidden = model.base_model(input_ids=padded, attention_mask=mask.long(), use_cache=False)[0]
+    last = hidden[torch.arange(len(sequences), device=device), lengths - 1]  # [B, hidden]
+    return _head(model)(last)[:, 0].float()
+
+
+@torch.no_grad()
+def score_sequences(
+    model: Any, sequences: Sequence[Sequence[int]], max_batch_tokens: int
+) -> Tensor:
+    """Scores [N] float32 on the CPU, in the order of `sequences`; equal lists, equal batches."""
+    scores = torch.empty(len(sequences))
+    for rows in length_batches([len(ids) for ids in sequences], max_batch_tokens):
+        scores[rows] = last_token_scores(model, [sequences[row] for row in rows]).cpu()
+    return scores
+
+
+def length_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Indices sorted by length and cut so that rows * longest <= max_batch_tokens; one longer than
+    that stands alone."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):  # the last is the longest
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= max_batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def check_ids(ids: Sequence[int], model: Any, where: str) -> None:
+    """ValueError, starting with `where`, for what the model cannot embed."""
+    if not ids:
+        raise ValueError(f"{where}: has no tokens")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        bad = next(token for token in ids if not 0 <= token < vocabulary)
+        raise ValueError(
+            f"{where}: token id {bad} is outside this model's vocabulary of {vocabulary}; "
+            "these are another tokenizer's ids (a scorer can set input to text)"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and len(ids) > positions:
+        raise ValueError(
+            f"{where}: {len(ids)} tokens, the model has {positions} positions; shorten it"
+        )
+
+
+def _head(model: Any) -> nn.Module:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module) or model.base_model is model:
+        raise ValueError(
+            f"{type(model).__name__}: has no backbone with a `score` head that is read at the last "
+            "token; use a decoder model's sequence classifier, e.g. Qwen2ForSequenceClassification"
+        )
+    return head
+
+
+def _normalisation(path: str, config: Any) -> tuple[float, float]:
+    """(mean, sd) of the raw scores on the reference set, (0, 1) where the folder names none."""
+    mean, sd = getattr(config, "score_mean", None), getattr(config, "score_sd", None)
+    if mean is None and sd is None:
+        return 0.0, 1.0
+    numbers = (isinstance(x, (int, float)) and math.isfinite(x) for x in (mean, sd))
+    if mean is None or sd is None or not all(numbers) or sd <= 0:
+        raise ValueError(
+            f"{path}: score_mean {mean} and score_sd {sd} in config.json do not normalise; "
+            "both must be numbers and score_sd above 0"
+        )
+    return float(mean), float(sd)
