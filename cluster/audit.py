@@ -70,7 +70,10 @@ class Violation(Exception):
 
 def audit(run_dir: Path) -> AuditResult:
     """BadInput when there is nothing to audit; a damaged run is a violation, not an exception."""
-    run = read_run(run_dir)
+    try:
+        run = read_run(run_dir)
+    except ValueError as error:
+        return AuditResult({}, str(error))
     config = load_config(run.run_dir / "config.yaml", [], RunConfig)
     checked: dict[str, int] = {}
     try:
@@ -152,7 +155,9 @@ class _Audit:
 
     def _drops(self) -> None:
         for drop in self._run.dropped:
-            sample = Sample(drop["prompt_id"], drop["epoch"], drop["sample_index"])
+            if missing := {*Sample._fields} - drop.keys():
+                raise Violation(f"dropped.jsonl: {drop}: no {min(missing)}")
+            sample = Sample(*(drop[name] for name in Sample._fields))
             if not drop.get("reason"):
                 raise Violation(f"dropped.jsonl: {sample}: no reason")
             if sample in self._trained:

@@ -55,8 +55,8 @@ from reward_service.config import RewardServiceConfig
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: bool) -> str:
-    """The `train` command: check, launch, train, report. Returns how it ended: finished | stopped."""
+def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: bool) -> int:
+    """The `train` command: check, launch, train, report. Returns the exit code."""
     started = _process_start()
     inputs = check_inputs(config)
     files = RunFiles(config)
@@ -88,7 +88,7 @@ async def _run(
     host: Host,
     checkpoint: checkpoints.Checkpoint | None,
     started: float,
-) -> str:
+) -> int:
     in_process = isinstance(host, InProcessHost)
     if isinstance(host, RayHost):
         check_gpus(config, host.num_gpus())
@@ -104,7 +104,8 @@ async def _run(
     try:
         await _bring_up(run, checkpoint)
         await train(run)
-        return await finish(run)
+        await finish(run)
+        return 128 + run.stopped_by if run.stopped_by is not None else 0
     finally:
         await run.supervisor.close()
         metrics.close()

@@ -159,10 +159,10 @@ class RayHost:
         return self._ray.put(value)
 
     async def same_machine(self, members: list[Member]) -> bool:
-        from ray.util.state import get_actor
-
-        found = [get_actor(member.handle._actor_id.hex()) for member in members]
-        return len({actor.node_id for actor in found if actor is not None}) == 1
+        if len([node for node in self._ray.nodes() if node["Alive"]]) == 1:
+            return True
+        nodes = [member.handle.__ray_call__.remote(_node_id) for member in members]
+        return len(set(await asyncio.gather(*nodes))) == 1
 
     async def stop(self, members: list[Member]) -> None:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]
@@ -172,6 +172,13 @@ class RayHost:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _node_id(_: Any) -> str:
+    """Runs inside an actor."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def _python_path() -> str:

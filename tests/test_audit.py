@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,15 @@ SCHEMA = (
 
 
 def make_run(
-    folder: Path, *, max_staleness: int = 0, seed: int = 0, drops: int = 1, steps: int = STEPS
+    folder: Path,
+    *,
+    max_staleness: int = 0,
+    seed: int = 0,
+    drops: int = 1,
+    steps: int = STEPS,
+    order: list[tuple[str, int]] | None = None,
 ) -> Path:
-    """A run folder as a correct run leaves it."""
+    """A run folder as a correct run leaves it; `order`: (prompt, epoch) as they are trained."""
     run, random_ = folder / "run", random.Random(seed)
     for part in ("trajectories", "checkpoints/step-000004/learner"):
         (run / part).mkdir(parents=True)
@@ -44,7 +51,7 @@ def make_run(
     }  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
-    schedule, dropped = _schedule(random_, drops)
+    schedule, dropped = (order, []) if order else _schedule(random_, drops)
     for step in range(1, steps + 1):
         rows = [
             _row(prompt_id, epoch, sample, step, random_.randint(0, min(max_staleness, step - 1)))
@@ -99,7 +106,7 @@ def read_rows(run: Path, step: int) -> list[dict[str, Any]]:
     return pq.read_table(step_file(run, step)).to_pylist()
 
 
-def edit(run: Path, step: int, row: int, **values: Any) -> None:
+def edit(run: Path, step: int, row: int, /, **values: Any) -> None:
     rows = read_rows(run, step)
     rows[row] |= values
     write_rows(run, step, rows)
@@ -144,7 +151,6 @@ def test_a_correct_run_passes(tmp_path: Path, max_staleness: int, seed: int) -> 
 @pytest.mark.parametrize("steps", range(STEPS))
 def test_a_run_that_is_not_finished_passes_so_far(tmp_path: Path, steps: int) -> None:
     run = make_run(tmp_path, steps=steps, drops=0)
-    write_checkpoint(run / "checkpoints/step-000004", 4)
     if steps < 4:
         assert "there are trajectories of" in violation(run)
     else:
@@ -172,9 +178,17 @@ def drop_without_reason(run: Path) -> None:
     write_lines(run / "dropped.jsonl", [{**drop, "reason": ""} for drop in drops])
 
 
+def drop_without_prompt(run: Path) -> None:
+    write_lines(run / "dropped.jsonl", [{"epoch": 0, "sample_index": 0, "reason": "x"}])
+
+
+def garbled_events(run: Path) -> None:
+    (run / "events.jsonl").write_text("{\n" + (run / "events.jsonl").read_text())
+
+
 def train_twice(run: Path) -> None:
     first = read_rows(run, 1)[0]
-    edit(run, 3, 0, prompt_id=first["prompt_id"], epoch=first["epoch"], sample_index=first["sample_index"])  # fmt: skip
+    edit(run, 3, 0, **{name: first[name] for name in ("prompt_id", "epoch", "sample_index")})
 
 
 def fewer_rows(run: Path) -> None:
@@ -199,7 +213,9 @@ def torn_file(run: Path) -> None:
 
 
 def unfinished_prompt(run: Path) -> None:
-    edit(run, STEPS, 0, epoch=3)
+    begun = {row["prompt_id"] for row in read_rows(run, STEPS - 1) + read_rows(run, STEPS)}
+    other = next(f"p{i}" for i in range(NUM_PROMPTS) if f"p{i}" not in begun)
+    edit(run, STEPS, 0, prompt_id=other)
 
 
 def manifest_of_other_step(run: Path) -> None:
@@ -212,6 +228,8 @@ CORRUPTIONS: list[tuple[Callable[[Path], None], str]] = [
     (remove_line("dropped.jsonl"), "neither trained nor dropped"),
     (drop_a_trained_one, "trained in step 2"),
     (drop_without_reason, "no reason"),
+    (drop_without_prompt, "no prompt_id"),
+    (garbled_events, "events.jsonl, line 1: not JSON"),
     (lambda run: edit(run, 2, 0, prompt_id="p8"), "p8, epoch 0, sample 0: not among the prompts"),
     (lambda run: edit(run, 2, 1, sample_index=SAMPLES), "samples_per_prompt is 2"),
     (unfinished_prompt, "of 2 samples trained or dropped, though the run is finished"),
@@ -258,25 +276,28 @@ def test_no_row_of_a_synchronous_run_can_be_given_to_another_prompt(
     step, row = random_.randint(1, STEPS), random_.randrange(BATCH)
     key = random_.choice(["prompt_id", "epoch", "sample_index"])
     old = read_rows(run, step)[row][key]
-    edit(run, step, row, **{key: f"p{(int(old[1:]) + 1) % NUM_PROMPTS}" if key == "prompt_id" else old + 1})  # fmt: skip
+    new = f"p{(int(old[1:]) + 1) % NUM_PROMPTS}" if key == "prompt_id" else old + 1
+    edit(run, step, row, **{key: new})
     violation(run)
 
 
-def test_with_staleness_an_overtaken_prompt_is_missed_only_after_the_bound(tmp_path: Path) -> None:
-    """p0 of epoch 0 is late: its samples have been swapped for others, of a later epoch."""
-    run = make_run(tmp_path, max_staleness=1, drops=0, steps=4)
-    late = next(
-        (step, i) for step in (1, 2, 3) for i, row in enumerate(read_rows(run, step))
-        if row["prompt_id"] == "p0"
-    )  # fmt: skip
-    begun = {row["prompt_id"] for row in read_rows(run, 4)}
-    other = next(f"p{i}" for i in range(NUM_PROMPTS) if f"p{i}" not in begun)
-    for sample in range(SAMPLES):
-        edit(run, late[0], late[1] + sample, prompt_id=other, epoch=1)
-    if late[0] == 4 - 1:
-        assert audit(run).violation in (None, f"prompt p0, epoch 0, sample {0}: neither trained nor dropped, and its epoch is over")  # fmt: skip
-    else:
-        assert "neither trained nor dropped" in violation(run)
+def test_a_prompt_may_be_overtaken_by_max_staleness_steps(tmp_path: Path) -> None:
+    """p0 of epoch 0 is late; epoch 1 begins in step 3."""
+    order = [(f"p{i}", 0) for i in range(1, 6)] + [(f"p{i}", 1) for i in range(1, 6)]
+
+    def run(max_staleness: int, order: list[tuple[str, int]]) -> Path:
+        folder = tmp_path / f"{max_staleness}-{len(order)}"
+        folder.mkdir()
+        made = make_run(folder, max_staleness=max_staleness, steps=len(order) // 2, order=order)
+        shutil.rmtree(made / "checkpoints")
+        return made
+
+    late = "prompt p0, epoch 0, sample 0: neither trained nor dropped"
+    assert late in violation(run(0, order[:6]))
+    assert late in violation(run(1, order[:8]))
+    assert audit(run(1, order[:6])).violation is None
+    assert audit(run(2, order[:8])).violation is None
+    assert audit(run(1, [*order[:6], ("p0", 0), *order[6:9]])).violation is None
 
 
 def test_a_prompt_dropped_for_good_is_expected_in_no_epoch(tmp_path: Path) -> None:
