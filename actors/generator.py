@@ -127,7 +127,10 @@ class Generator:
                 setter(value)
 
         def from_thread(setter: Deliver) -> Deliver:
-            return lambda value: loop.call_soon_threadsafe(settle, setter, value)
+            def deliver(value: Any) -> None:
+                loop.call_soon_threadsafe(settle, setter, value)
+
+            return deliver
 
         return future, (from_thread(future.set_result), from_thread(future.set_exception))
 

@@ -93,7 +93,7 @@ class WeightUpdate:
 
 def digest_buckets(layout: WeightLayout, data: np.ndarray) -> tuple[str, ...]:
     """xxh3-128 of each bucket of `data` (uint8 [total_bytes]): as fast as memory, any bit counts."""
-    return tuple(xxhash.xxh3_128_hexdigest(data[start:end]) for start, end in layout.buckets)
+    return tuple(xxhash.xxh3_128_hexdigest(data[start:end].data) for start, end in layout.buckets)
 
 
 def verify(update: WeightUpdate, layout: WeightLayout, data: np.ndarray) -> None:

@@ -34,8 +34,8 @@ class Sample(NamedTuple):
     """What is to be trained once: a sample of a prompt, in an epoch."""
 
     prompt_id: str
-    epoch: int | None  # None, in a drop only: in every epoch, every sample
-    sample_index: int | None
+    epoch: int
+    sample_index: int
 
     def __str__(self) -> str:
         return f"prompt {self.prompt_id}, epoch {self.epoch}, sample {self.sample_index}"
@@ -93,6 +93,7 @@ class _Audit:
         }
         self._trained: dict[Sample, int] = {}  # -> step
         self._dropped: set[Sample] = set()
+        self._never: set[str] = set()  # prompts dropped for good, e.g. as too long
         self._num_steps = 0
 
     def all(self) -> None:
@@ -160,17 +161,18 @@ class _Audit:
             sample = Sample(*(drop[name] for name in Sample._fields))
             if not drop.get("reason"):
                 raise Violation(f"dropped.jsonl: {sample}: no reason")
+            if drop["epoch"] is None:  # in no epoch
+                self._never.add(drop["prompt_id"])
+                continue
             if sample in self._trained:
                 raise Violation(f"dropped.jsonl: {sample}: trained in step {self._trained[sample]}")
             self._dropped.add(sample)
         self._count("samples dropped", len(self._dropped))
 
     def _epochs(self) -> None:
-        prompts = _prompt_ids(self._config.prompts)
-        # A prompt never to be sampled, as it is too long, is dropped with epoch null: in all.
-        prompts -= {sample.prompt_id for sample in self._dropped if sample.epoch is None}
+        prompts = _prompt_ids(self._config.prompts) - self._never
         self._count("prompts", len(prompts))
-        done = {*self._trained, *(sample for sample in self._dropped if sample.epoch is not None)}
+        done = {*self._trained, *self._dropped}
         self._no_strangers(done, prompts)
         completed, last = self._completed_epochs()
         for epoch in completed:
@@ -189,13 +191,13 @@ class _Audit:
 
     def _completed_epochs(self) -> tuple[range, int]:
         """(the epochs that are over, the last one begun). A later prompt may overtake an earlier
-        one, but by max_staleness steps at most: the ledger lets no prompt wait for longer."""
+        one by max_staleness steps at most: the ledger lets none wait for longer."""
         begun: dict[int, int] = {}  # epoch -> the first step that trained on it
         for sample, step in self._trained.items():
             begun[sample.epoch] = min(step, begun.get(sample.epoch, step))
-        last = max(begun, default=0)
         due = self._num_steps - self._config.max_staleness
-        return range(max((epoch for epoch, step in begun.items() if step <= due), default=0)), last
+        over = max((epoch for epoch, step in begun.items() if step <= due), default=0)
+        return range(over), max(begun, default=0)
 
     def _complete(self, epoch: int, done: set[Sample], prompts: set[str]) -> None:
         for prompt_id in sorted(prompts):

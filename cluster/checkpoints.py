@@ -62,7 +62,7 @@ def commit(aside: Path, step: int, keep: int) -> Checkpoint:
 
 def newest_intact(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose every byte is as written, and what is wrong with newer ones."""
-    problems = []
+    problems: list[str] = []
     for path in reversed(_folders(run_dir / "checkpoints")):
         problem = damage(path)
         if problem is None:

@@ -207,7 +207,7 @@ def _wire(
 async def _bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
     """Load models, agree on the weights' layout, push and prove the first version, self-check."""
     run.view.stage("loading the models")
-    loaded, _ = await asyncio.gather(
+    loaded, _statuses = await asyncio.gather(
         run.learner.start(run.files.folder), run.supervisor.statuses(within=600.0)
     )
     if checkpoint is not None:

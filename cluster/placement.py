@@ -37,7 +37,7 @@ async def ask(member: Member, method: Any, *args: Any, within: float) -> Any:
 
     Raises RoleFailed; the original exception is its cause.
     """
-    label = getattr(method, "_method_name", None) or getattr(method, "__name__", "call")
+    label = str(getattr(method, "_method_name", None) or getattr(method, "__name__", "call"))
     try:
         answer = method.remote(*args) if hasattr(method, "remote") else method(*args)
         if inspect.isawaitable(answer):

@@ -292,6 +292,8 @@ def _timing(run: RunRecord) -> str:
 
 
 def _happened(run: RunRecord) -> str:
+    if not run.events and not run.dropped:
+        return ""
     told = [event for event in run.events if event.get("event") not in ROUTINE][-MAX_ROWS:]
     pushes = len([event for event in run.events if event.get("event") in ROUTINE])
     rows = [(event_text(event) + "  ").split(" ", 2) for event in told]
@@ -377,6 +379,7 @@ tr.warning td,tr.generator_died td{color:var(--bad)}
 td:not(:last-child){white-space:nowrap}
 details{margin-top:12px}summary{cursor:pointer;padding:10px 16px;font-weight:600}
 pre{margin:0;padding:0 16px 16px;overflow:auto;font-size:13px}
+.card>p{margin:10px 0 0}.scroll>p{margin:0}
 .two svg{max-width:480px;margin:0 auto}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:14px}
 .none{color:var(--muted)}

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cluster.report_charts import Series
 from cluster.run_status import status
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> &amp; \x1b[2J"
-VOID = {"meta", "br", "img", "line", "circle", "rect", "polyline", "polygon"}
+VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):
@@ -64,7 +65,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def make_run(
     folder: Path, *, state: str = "finished", text: str = "hello", steps: int = 50
 ) -> Path:
-    run = folder / "demo"
+    run, steps = folder / "demo", 50
     (run / "evaluation").mkdir(parents=True)
     (run / "checkpoints/step-000010").mkdir(parents=True)
     (run / "checkpoints/step-000010/manifest.json").write_text("{}")
@@ -72,7 +73,10 @@ def make_run(
     (run / "checkpoints/step-000020.partial/manifest.json").write_text("{}")
     (run / "config.yaml").write_text(f"name: demo\nnote: {json.dumps(text)}\n")
     now = time.time()
-    rows = [{"step": s, "time": now + s, **dict.fromkeys(METRICS, 1 + math.sin(s))} for s in range(1, steps + 1)]  # fmt: skip
+    rows = [
+        {"step": s, "time": now + s, **dict.fromkeys(METRICS, 1 + math.sin(s))}
+        for s in range(1, steps + 1)
+    ]
     write_lines(
         run / "metrics.jsonl", [{"step": 0, "time": now, "evaluation/win_rate": 0.5}, *rows]
     )
@@ -112,8 +116,9 @@ def write_summary(run: Path, **values: Any) -> None:
     given = {
         "name": "demo", "stage": "train", "status": "finished", "steps": 50, "wall_s": 3671.0,
         "win_rate": 0.75, "win_rate_before": 0.5, "judge_before": 2.35, "judge_after": 7.35,
-        "score_before": -1.0, "score_after": 1.5, "kl_to_ref": 4.25, "first_token_s": 9.0, "seed": 3,
-        "samples": [], "versions": {"ray": "2.60.0"}, "timing": {"generation": 30.0, "update": 10.0},
+        "score_before": -1.0, "score_after": 1.5, "kl_to_ref": 4.25, "seed": 3,
+        "first_token_s": 9.0, "samples": [], "versions": {"ray": "2.60.0"},
+        "timing": {"generation": 30.0, "update": 10.0},
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps({**given, **values}))
 
@@ -132,7 +137,8 @@ def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
     for text in (
         "demo", "finished", "seed 3", "50% → 75%", "2.35 → 7.35", "-1 → 1.5", "4.25", "50 / 60",
         "1:01:11", "Progress", "PPO", "Clip fraction", "Explained variance", "Held-out comparison",
-        "before, step 0", "after, step 50", "Why?", "Eh.", "Because.", "judge 9", "generation30 s75%",
+        "before, step 0", "after, step 50", "Why?", "Eh.", "Because.", "judge 9",
+        "generation30 s75%",
         "warning", "and 50 weight sets published", "1 reward_failed", "name: demo", "ray 2.60.0",
     ):  # fmt: skip
         assert text in seen.text, text
@@ -141,26 +147,28 @@ def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
 
 def test_every_metric_is_drawn(tmp_path: Path) -> None:
     html = write_report(make_run(tmp_path)).read_text()
-    for name, metric in METRICS.items():
-        if name != "reward/score_sd":  # drawn as the band around the mean
-            assert metric.description.replace("'", "&#x27;").replace("&#x27;", "") in html.replace("&#x27;", "")  # fmt: skip
+    described = {name: metric.description for name, metric in METRICS.items()}
+    del described["reward/score_sd"]  # drawn as the band around the mean
+    for description in described.values():
+        assert escape(description) in html
 
 
 def test_text_of_the_run_is_never_markup(tmp_path: Path) -> None:
     clean, attacked = tmp_path / "clean", tmp_path / "attacked"
-    plain, html = page(make_run(clean)), make_run(attacked, text=ATTACK)
-    samples = [{"prompt": ATTACK, "before": ATTACK, "after": ATTACK}]
-    write_summary(clean / "demo", samples=[dict.fromkeys(samples[0], "x")])
-    write_summary(html, samples=samples, name=ATTACK, stage=ATTACK, seed=ATTACK,
-                  versions={ATTACK: ATTACK}, timing={ATTACK: 1.0, "b": 1.0})  # fmt: skip
-    write_status(html, state=ATTACK, num_steps=ATTACK, error=ATTACK)
-    plain, seen = page(clean / "demo"), page(html)
+    pages = []
+    for folder, text in ((clean, "x"), (attacked, ATTACK)):
+        run = make_run(folder, text=text)
+        write_summary(run, samples=[dict.fromkeys(("prompt", "before", "after"), text)], name=text,
+                      stage=text, seed=text, versions={text: text}, timing={text: 1.0})  # fmt: skip
+        write_status(run, state=text, num_steps=text, error=text)
+        pages.append(page(run))
+    plain, seen = pages
     assert "script" not in seen.tags
     assert "img" not in seen.tags
     assert not [name for name, _ in seen.attributes if name.startswith("on")]
     assert "<script>alert(1)</script>" in seen.text  # to be read, not run
     assert "\x1b" not in seen.text
-    assert set(seen.tags) <= {*plain.tags, "p"}
+    assert seen.tags == plain.tags
 
 
 def test_the_page_needs_nothing_from_outside_and_keeps_secrets(
@@ -224,7 +232,7 @@ def test_thinning_and_smoothing_keep_the_level_and_the_trend() -> None:
     thin = charts.thin(line)
     assert len(thin) <= charts.MAX_POINTS
     assert all(y == pytest.approx(2 * x) for x, y in thin)
-    assert charts.smooth(line) == pytest.approx(line)
+    assert all(y == pytest.approx(2 * x) for x, y in charts.smooth(line))
 
 
 @pytest.mark.parametrize("values", [[0.0], [5.0] * 9, [1e-9, 2e-9], [-1.0, 1e6], [0.0] * 500])
