@@ -80,6 +80,8 @@ class Generator:
         self, requests: Sequence[GenerateRequest]
     ) -> list[asyncio.Future[Completion]]:
         """Queue requests together; one future each. GeneratorFailed if the engine is dead."""
+        if not requests:
+            return []
         futures, deliveries = zip(*(self._future() for _ in requests), strict=True)
 
         def add() -> None:
@@ -156,10 +158,14 @@ class Generator:
         idle = not self._waiting and not self._engine.has_unfinished_requests()
         while True:
             try:
-                operation, _ = self._inbox.get(block=idle)
+                operation, reject = self._inbox.get(block=idle)
             except queue.Empty:
                 return
-            operation()
+            try:
+                operation()
+            except Exception as error:
+                reject(self._in_words(error))
+                raise
             idle = False
 
     def _admit(self) -> None:
@@ -218,9 +224,7 @@ class Generator:
         try:
             self._engine.collective_rpc("receive_weights", args=(update,))
         except Exception as error:
-            rejected = WeightsRejected(f"{self.name}: {error}")
-            reject(rejected)
-            raise rejected from error
+            raise WeightsRejected(f"{self.name}: {error}") from error
         self._engine.set_weight_version(str(update.version))
         # Blocks computed under the old weights must not serve new prompts.
         self._engine.reset_prefix_cache()
@@ -231,7 +235,7 @@ class Generator:
 
     def _prove(self, output: Any) -> None:
         assert self._probing is not None
-        update, resolve, reject = self._probing
+        update, resolve, _ = self._probing
         answered = [
             position[token].logprob
             for position, token in zip(
@@ -240,12 +244,10 @@ class Generator:
         ]
         difference = probe_difference(update.probe, answered)
         if difference > self._probe_bound:
-            rejected = WeightsRejected(
+            raise WeightsRejected(
                 f"{self.name}: after version {update.version} was applied, the probe's logprobs differ "
                 f"by {difference:.2g} from the learner's (bound {self._probe_bound:g})"
             )
-            reject(rejected)
-            raise rejected
         self._probing = None
         self._proved = update.version
         resolve(difference)
@@ -263,10 +265,17 @@ class Generator:
 
     def _refuse_all(self, error: Exception) -> None:
         """The engine is gone: every waiter, and whoever still comes, is told why. Nobody hangs."""
-        if not isinstance(error, WeightsRejected):
-            error = GeneratorFailed(f"{self.name}: {type(error).__name__}: {error}")
+        error = self._in_words(error)
         for _, reject in self._futures.values():
             reject(error)
+        if self._probing is not None:
+            self._probing[2](error)
         while not self._closed:
             _, reject = self._inbox.get()
             reject(error)
+
+    def _in_words(self, error: Exception) -> Exception:
+        """vLLM's exceptions need vLLM to unpickle."""
+        if isinstance(error, WeightsRejected):
+            return error
+        return GeneratorFailed(f"{self.name}: {type(error).__name__}: {error}")

@@ -23,7 +23,10 @@ def load_tokenizer(folder: str | Path) -> Any:
         )
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # tokenizers raises bare Exception on a file it cannot read
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({error}); copy it again") from None
 
 
 def load_prompts(
@@ -60,18 +63,13 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
             raise ValueError(
                 f"{where}: has messages, but the tokenizer has no chat template; use a prompt column"
             )
-        text = tokenizer.apply_chat_template(
-            row["messages"], tokenize=False, add_generation_prompt=True
-        )
+        text = _chat_text(where, row["messages"], tokenizer)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     else:
         text = row.get("prompt")
         if not isinstance(text, str) or not text:
             raise ValueError(f"{where}: the prompt is empty or no text; remove the row")
         ids = tokenizer(text).input_ids
-    metadata = row.get("metadata") or {}
-    if isinstance(metadata, str):
-        metadata = json.loads(metadata)
     answer = row.get("answer")
     name = row.get("prompt_id")
     return Prompt(
@@ -80,8 +78,29 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
         text=text,
         ids=tuple(ids),
         answer=None if answer is None else str(answer),
-        metadata=metadata,
+        metadata=_metadata(where, row.get("metadata")),
     )
+
+
+def _chat_text(where: str, messages: Any, tokenizer: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template, a program of the model's, makes of them
+        raise ValueError(
+            f"{where}: the chat template does not take these messages ({error}); give a list of "
+            '{"role", "content"} objects'
+        ) from None
+
+
+def _metadata(where: str, value: Any) -> Mapping[str, Any]:
+    """An object, also written as JSON text. It has to survive a checkpoint's JSON."""
+    try:
+        metadata = json.loads(value if isinstance(value, str) else json.dumps(value or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: metadata is not JSON ({error}); correct it") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{where}: metadata is no JSON object; write {{...}}")
+    return metadata
 
 
 def _check_ids(path: str, prompts: Iterable[Prompt]) -> None:

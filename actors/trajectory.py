@@ -144,9 +144,8 @@ def to_table(trajectories: Iterable[Trajectory]) -> pa.Table:
 def _column(values: list[Any], spec: pa.Field) -> pa.Array:
     if pa.types.is_list(spec.type) and not pa.types.is_struct(spec.type.value_type):
         offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])]).astype(np.int32)
-        flat = np.concatenate(
-            [np.asarray(v, spec.type.value_type.to_pandas_dtype()) for v in values] or [[]]
-        )
+        dtype = spec.type.value_type.to_pandas_dtype()
+        flat = np.concatenate([np.zeros(0, dtype), *(np.asarray(v, dtype) for v in values)])
         return pa.ListArray.from_arrays(
             pa.array(offsets), pa.array(flat, spec.type.value_type), type=spec.type
         )

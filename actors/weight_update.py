@@ -106,6 +106,10 @@ def verify(update: WeightUpdate, layout: WeightLayout, data: np.ndarray) -> None
         raise WeightsRejected(
             f"version {update.version}: {data.nbytes} bytes received, {layout.total_bytes} agreed"
         )
+    if len(update.digests) != len(layout.buckets):
+        raise WeightsRejected(
+            f"version {update.version}: {len(update.digests)} digests for {len(layout.buckets)} buckets"
+        )
     received = digest_buckets(layout, data)
     wrong = [
         i for i, pair in enumerate(zip(received, update.digests, strict=True)) if pair[0] != pair[1]
@@ -118,8 +122,10 @@ def verify(update: WeightUpdate, layout: WeightLayout, data: np.ndarray) -> None
 
 
 def probe_difference(probe: Probe, answered: Iterable[float]) -> float:
-    """max |generator - learner| over the probe's tokens; inf if a token is missing or not finite."""
-    answer = np.asarray(list(answered), np.float64)
-    if answer.shape != (len(probe.logprobs),) or not np.isfinite(answer).all():
+    """max |generator - learner| over the probe's tokens; inf if either side lacks a token, or has
+    one that is not finite."""
+    answer, expected = np.asarray(list(answered), np.float64), np.asarray(probe.logprobs)
+    if answer.shape != expected.shape or not answer.size:
         return float("inf")
-    return float(np.abs(answer - np.asarray(probe.logprobs)).max())
+    difference = float(np.abs(answer - expected).max())
+    return difference if np.isfinite(difference) else float("inf")

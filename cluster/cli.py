@@ -25,11 +25,13 @@ from cluster.config import (
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="PPO alignment of language models on Ray: SFT, a reward model, PPO.",
 )
+
+PROGRAM = "raylign"
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports only its children
 
 Config = Annotated[Path, typer.Argument(help="YAML file, e.g. examples/support_replies/ppo.yaml")]
 Overrides = Annotated[
@@ -182,7 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # the user's own modules, e.g. reward functions
     if home := os.environ.get("RAYLIGN_HOME"):  # a job's code is elsewhere than its data and runs
         os.chdir(home)
-    sys.exit(_guarded(lambda: app(arguments)))
+    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    sys.exit(_guarded(lambda: app(words, prog_name=PROGRAM, standalone_mode=False)))
 
 
 def _guarded(command: Callable[[], Any]) -> int:
@@ -190,6 +193,8 @@ def _guarded(command: Callable[[], Any]) -> int:
         return int(command() or 0)
     except BadInput as error:
         return _say("bad input", error, 2)
+    except UsageError as error:
+        return _say("bad input", _usage(error), 2)
     except KeyboardInterrupt:
         return _say("stopped", "by the keyboard", 130)
     except SystemExit as done:
@@ -198,6 +203,12 @@ def _guarded(command: Callable[[], Any]) -> int:
         if os.environ.get("RAYLIGN_TRACEBACK"):
             raise
         return _say("failed", f"{error} (RAYLIGN_TRACEBACK=1 shows where)", 3)
+
+
+def _usage(error: Any) -> str:
+    """What typer would say in four lines."""
+    path = error.ctx.command_path if error.ctx else PROGRAM
+    return f"{error.format_message().rstrip('.')}; see {path} --help"
 
 
 def _say(kind: str, message: object, code: int) -> int:

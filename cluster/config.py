@@ -221,11 +221,8 @@ def known_keys(kind: type[StrictModel], location: tuple[Any, ...]) -> list[str]:
 
 def _tag(model: type[StrictModel]) -> object:
     kind = model.model_fields.get("kind")
-    return (
-        kind.annotation.__args__[0]
-        if kind is not None and hasattr(kind.annotation, "__args__")
-        else None
-    )
+    arguments = getattr(kind.annotation, "__args__", None) if kind is not None else None
+    return arguments[0] if arguments else None
 
 
 def _models_in(annotation: Any) -> list[type[StrictModel]]:

@@ -43,7 +43,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     try:
         model = model_config(config.policy, "policy")
         tokenizer = load_tokenizer(config.policy)
-        _check_eos(config.policy, tokenizer)
+        _check_tokenizer(config.policy, tokenizer, model)
         _check_context(config, model)
         if config.reference is not None:
             same_vocabulary(config.policy, config.reference, "reference")
@@ -94,7 +94,13 @@ def model_config(folder: str, key: str) -> dict[str, Any]:
         )
     if not any(Path(folder).glob("*.safetensors")):
         raise ValueError(f"{key}: {folder}: no .safetensors there; raylign loads no other weights")
-    return json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{key}: {path}: not JSON ({error}); copy the model again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
+        raise ValueError(f"{key}: {path}: no vocab_size in it; give a text-only causal model")
+    return config
 
 
 def same_vocabulary(policy: str, other: str, key: str) -> None:
@@ -112,7 +118,7 @@ def same_vocabulary(policy: str, other: str, key: str) -> None:
 def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
     """ValueError if a scorer cannot be made or would misread the policy's tokens."""
     match config:
-        case FunctionScorerConfig():
+        case FunctionScorerConfig() | HttpScorerConfig():
             from reward_service.service import build_scorer
 
             try:
@@ -123,10 +129,6 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
             model_config(config.path, key)
             if config.input == "tokens":
                 same_vocabulary(policy, config.path, key)
-        case HttpScorerConfig():
-            from reward_service.service import build_scorer
-
-            build_scorer(config)
         case SumScorerConfig():
             for name, part in config.parts.items():
                 check_scorer(part.scorer, policy, f"{key}.{name}")
@@ -181,7 +183,12 @@ def _prompts(config: RunConfig, prompts: PromptsConfig, tokenizer: Any) -> tuple
     return load_prompts(prompts, tokenizer, room)
 
 
-def _check_eos(folder: str, tokenizer: Any) -> None:
+def _check_tokenizer(folder: str, tokenizer: Any, model: dict[str, Any]) -> None:
+    if len(tokenizer) > model["vocab_size"]:
+        raise ValueError(
+            f"policy: {folder}: its tokenizer has {len(tokenizer)} tokens, its model {model['vocab_size']}; "
+            "give a model with its own tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"policy: {folder}: its tokenizer has no eos_token; completions could not end")
 

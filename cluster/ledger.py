@@ -6,7 +6,7 @@
 Admission bounds staleness. With n prompts a step, prompts leased while the learner's version is v are
 numbered below (v + 1 + max_staleness) n, not counting drops; steps consume the oldest first; so a
 prompt leased at v is consumed at version v + max_staleness at the latest, provided that a step waits
-for those it would otherwise leave behind (`ready`).
+where those it would leave behind could not all be consumed in time (`ready`).
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ class Ledger:
 
     def ready(self, version: int) -> list[Key] | None:
         """The prompts of the next step, oldest first; None while a step has to wait."""
-        finished = [(lease.number, key) for key, lease in self._leases.items() if lease.finished]
-        due = version - self._max_staleness
-        late = any(not lease.finished and lease.version <= due for lease in self._leases.values())
-        if late or len(finished) < self._per_step:
+        by_age = sorted(self._leases.items(), key=lambda item: item[1].number)
+        keys = [key for key, lease in by_age if lease.finished][: self._per_step]
+        if len(keys) < self._per_step:
             return None
-        return [key for _, key in sorted(finished)[: self._per_step]]
+        taken = set(keys)
+        left = [lease for key, lease in by_age if key not in taken]
+        for place, lease in enumerate(left):
+            consumed_at = version + 1 + place // self._per_step  # if steps take the oldest first
+            if consumed_at - lease.version > self._max_staleness:
+                return None
+        return keys
 
     def consume(self, keys: Iterable[Key]) -> None:
         for key in keys:

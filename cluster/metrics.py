@@ -78,7 +78,7 @@ METRICS: dict[str, Metric] = {
     "evaluation/reward_mean": Metric("mean", "held-out mean of the reward score"),
     "evaluation/kl_to_ref": Metric("mean", "held-out KL to the reference, nats a completion"),
     "sft/loss": Metric("mean", "cross-entropy of the completions, nats a token"),
-    "sft/tokens_per_s": Metric("mean", "tokens trained on a second, ranks together"),
+    "sft/tokens_per_s": Metric("sum", "tokens trained on a second, all ranks"),
     "sft/held_out_loss": Metric("mean", "the same on held-out data"),
     "sft/lr": Metric("last", "learning rate"),
     "sft/grad_norm": Metric("mean", "gradient norm before clipping"),

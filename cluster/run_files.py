@@ -24,6 +24,8 @@ class RunFiles:
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
         """Make the folder. BadInput if there is a run in it and neither `resume` nor `overwrite`."""
+        if resume and overwrite:
+            raise BadInput("--resume goes on with a run, --overwrite deletes it; give one of the two")
         exists = (self.folder / "config.yaml").exists()
         if exists and not (resume or overwrite):
             raise BadInput(
