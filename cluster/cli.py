@@ -52,7 +52,9 @@ def train(
     config: Config,
     overrides: Overrides = None,
     in_process: InProcess = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """PPO: generate, score, update, publish. Starts a Ray of its own, or joins the job's."""
@@ -93,10 +95,10 @@ def reward_model(config: Config, overrides: Overrides = None, overwrite: Overwri
 def submit(
     config: Config,
     overrides: Overrides = None,
-    address: Annotated[
-        str, typer.Option(help="The head's dashboard.")
-    ] = "http://127.0.0.1:8265",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    address: Annotated[str, typer.Option(help="The head's dashboard.")] = "http://127.0.0.1:8265",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
+    ] = False,
     overwrite: Overwrite = False,
     follow: Annotated[bool, typer.Option(help="Follow the job's log.")] = True,
 ) -> None:
@@ -149,7 +151,9 @@ def report(run: RunName, runs_dir: RunsDir = "runs") -> None:
 def export(
     run: RunName,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    step: Annotated[int | None, typer.Option(help="A checkpoint's step; default: the newest.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="A checkpoint's step; default: the newest.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     runs_dir: RunsDir = "runs",
 ) -> None:
@@ -168,7 +172,9 @@ def _run_dir(run: str, runs_dir: str) -> Path:
     for folder in (Path(run), Path(runs_dir) / run):
         if (folder / "config.yaml").is_file():
             return folder
-    raise BadInput(f"{run}: no run of that name in {runs_dir}; see the folders there, or give --runs-dir")
+    raise BadInput(
+        f"{run}: no run of that name in {runs_dir}; see the folders there, or give --runs-dir"
+    )
 
 
 def _one_process(config: Any) -> None:

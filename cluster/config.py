@@ -207,6 +207,9 @@ def known_keys(kind: type[StrictModel], location: tuple[Any, ...]) -> list[str]:
     """The keys of the config at `location`; discriminator tags in it are passed over."""
     models: list[Any] = [kind]
     for part in location:
+        if tagged := [m for m in models if _tag(m) == part]:  # first: a field may be called so too
+            models = tagged
+            continue
         found = [
             f.annotation
             for m in models
@@ -214,8 +217,6 @@ def known_keys(kind: type[StrictModel], location: tuple[Any, ...]) -> list[str]:
         ]
         if found:
             models = [model for annotation in found for model in _models_in(annotation)]
-        elif tagged := [m for m in models if _tag(m) == part]:
-            models = tagged
     return sorted({key for model in models for key in model.model_fields})
 
 

@@ -84,6 +84,24 @@ def check_gpus(config: RunConfig, available: float) -> None:
         )
 
 
+# What a checkpoint is of: changed, it would be another run.
+FIXED_ON_RESUME = ("seed", "batch_size", "max_staleness", "policy", "reference", "prompts", "sampling")
+FIXED_IN_PPO = ("advantage", "value_model", "value_init")
+
+
+def check_resume(config: RunConfig, saved: dict[str, Any]) -> None:
+    """BadInput if the checkpoint is of a run that these settings do not continue."""
+    now = config.model_dump(mode="json")
+    pairs = [(key, saved[key], now[key]) for key in FIXED_ON_RESUME]
+    pairs += [(f"ppo.{key}", saved["ppo"][key], now["ppo"][key]) for key in FIXED_IN_PPO]
+    for key, was, given in pairs:
+        if was != given:
+            raise BadInput(
+                f"{key}: the checkpoint was made with {was!r}, the config says {given!r}; put it back, "
+                "or start another run with name=..."
+            )
+
+
 def model_config(folder: str, key: str) -> dict[str, Any]:
     """config.json of a Hugging Face folder; ValueError if the folder is none."""
     path = Path(folder) / "config.json"
@@ -162,7 +180,11 @@ def plan_lines(config: RunConfig, inputs: Inputs) -> list[str]:
 def estimate_parameters(model: dict[str, Any]) -> int:
     """From the sizes in config.json; dense decoder layers with a gated MLP assumed."""
     try:
-        d, layers, mlp = model["hidden_size"], model["num_hidden_layers"], model["intermediate_size"]
+        d, layers, mlp = (
+            model["hidden_size"],
+            model["num_hidden_layers"],
+            model["intermediate_size"],
+        )
         heads = model["num_attention_heads"]
         kv = model.get("num_key_value_heads", heads) * model.get("head_dim", d // heads)
         embeddings = model["vocab_size"] * d * (1 if model.get("tie_word_embeddings") else 2)
@@ -178,7 +200,9 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def _prompts(config: RunConfig, prompts: PromptsConfig, tokenizer: Any) -> tuple[list[Prompt], list[str]]:
+def _prompts(
+    config: RunConfig, prompts: PromptsConfig, tokenizer: Any
+) -> tuple[list[Prompt], list[str]]:
     room = config.generators.max_model_len - config.sampling.max_tokens
     return load_prompts(prompts, tokenizer, room)
 
@@ -190,7 +214,9 @@ def _check_tokenizer(folder: str, tokenizer: Any, model: dict[str, Any]) -> None
             "give a model with its own tokenizer"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"policy: {folder}: its tokenizer has no eos_token; completions could not end")
+        raise ValueError(
+            f"policy: {folder}: its tokenizer has no eos_token; completions could not end"
+        )
 
 
 def _check_context(config: RunConfig, model: dict[str, Any]) -> None:

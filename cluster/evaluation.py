@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.rollout_worker import Dropped
 from actors.trajectory import Completion, Prompt
 from cluster.config import EvaluationConfig
 from cluster.learner_group import LearnerGroup
@@ -104,7 +103,10 @@ class Evaluation:
                 self._config.temperature or 1.0,
             )
         )
-        kl = [sum(c.logprobs) - float(ref.sum()) for c, ref in zip(completions, reference, strict=True)]
+        kl = [
+            sum(c.logprobs) - float(ref.sum())
+            for c, ref in zip(completions, reference, strict=True)
+        ]
         return pa.table(
             {
                 "prompt_id": [prompt.prompt_id for prompt in self._prompts],
@@ -133,17 +135,3 @@ async def _scores(service: Member, requests: list[ScoreRequest]) -> list[float]:
         if isinstance(outcome, ScoreFailure):
             raise RoleFailed(f"{service.name}: {outcome.trajectory_id}: {outcome.reason}")
     return [outcome.score for outcome in outcomes]
-
-
-def dropped_rows(dropped: Dropped, samples: int, now: float) -> list[dict[str, Any]]:
-    """The lines of dropped.jsonl for a prompt given up: one a sample."""
-    return [
-        {
-            "prompt_id": dropped.prompt_id,
-            "epoch": dropped.epoch,
-            "sample_index": sample,
-            "reason": dropped.reason,
-            "time": now,
-        }
-        for sample in range(samples)
-    ]

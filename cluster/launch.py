@@ -1,25 +1,25 @@
 """Builds and wires a PPO run. Topology is here and nowhere else.
 
-            prompts (driver)                          reward service    judge (evaluation only)
-                |  admit: as many as the                    ^  |             ^
-                v  staleness bound allows     <prompt,      |  | scores      |
-       +--------------------+                 completion>   |  v             |
-       | rollout worker 0.. | ----------------------------------             |
-       |  + vLLM generator  | -- trajectories --> buffer (driver)            |
-       +--------------------+                       |  take                  |
-                ^                                   v                        |
-                |  weights: version,        +------------------+             |
-                |  digest, probe            | learner rank 0.. |             |
-                +-------------------------- |  FSDP: PPO step  |             |
-                                            +------------------+             |
-       held-out samples of the generators -----------------------------------+
+        prompts (driver)                          reward service    judge (evaluation only)
+            |  admit: as many as the                    ^  |             ^
+            v  staleness bound allows     <prompt,      |  | scores      |
+   +--------------------+                 completion>   |  v             |
+   | rollout worker 0.. | ----------------------------------             |
+   |  + vLLM generator  | -- trajectories --> buffer (driver)            |
+   +--------------------+                       |  take                  |
+            ^                                   v                        |
+            |  weights: version,        +------------------+             |
+            |  digest, probe            | learner rank 0.. |             |
+            +-------------------------- |  FSDP: PPO step  |             |
+                                        +------------------+             |
+   held-out samples of the generators -----------------------------------+
 
-    who               consumes        produces       waits for               is unblocked by
-    rollout workers   prompts         trajectories   completions, scores     engine, reward service
-    reward service    requests        scores         a full batch or time    rollout workers
-    driver            trajectories    batches        a ready step            rollout workers
-    learner           batches         weights        a batch                 driver
-    generators        weights         completions    nothing, in flight      learner
+who               consumes        produces       waits for               is unblocked by
+rollout workers   prompts         trajectories   completions, scores     engine, reward service
+reward service    requests        scores         a full batch or time    rollout workers
+driver            trajectories    batches        a ready step            rollout workers
+learner           batches         weights        a batch                 driver
+generators        weights         completions    nothing, in flight      learner
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 from actors.prompts import PromptStream
 from actors.vllm_engine import ENGINE_ENV
 from cluster import checkpoints
-from cluster.config import RunConfig
-from cluster.doctor import Inputs, check_gpus, check_inputs
-from cluster.evaluation import Evaluation, dropped_rows
+from cluster.config import BadInput, RunConfig
+from cluster.doctor import Inputs, check_gpus, check_inputs, check_resume
+from cluster.dropped import rolled_out, too_long
+from cluster.evaluation import Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
@@ -58,26 +58,29 @@ SHARED_MEMORY = Path("/dev/shm")
 def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: bool) -> int:
     """The `train` command: check, launch, train, report. Returns the exit code."""
     started = _process_start()
-    inputs = check_inputs(config)
     files = RunFiles(config)
-    checkpoint, problems = (
-        checkpoints.newest_intact(files.folder) if resume else (None, [])
+    files.check(resume=resume, overwrite=overwrite)
+    inputs = check_inputs(config)
+    checkpoint, problems = checkpoints.newest_intact(files.folder) if resume else (None, [])
+    if checkpoint is not None:
+        check_resume(config, checkpoint.driver_state()["config"])
+    host: Host = (
+        InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
     )
-    files.open(resume=resume, overwrite=overwrite)
-    files.status("starting", step=0, num_steps=config.num_steps)
-    with LiveView(config.name, config.num_steps) as view:
-        for problem in problems:
-            view.note(f"checkpoint not usable: {problem}; using the one before it")
-        host: Host = (
-            InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
-        )
-        try:
+    try:
+        check_gpus(config, host.num_gpus())
+        files.create(overwrite=overwrite)
+        with LiveView(config.name, config.num_steps) as view:
+            for problem in problems:
+                view.note(f"checkpoint not used: {problem}; going on from the one before it")
             return asyncio.run(_run(config, inputs, files, view, host, checkpoint, started))
-        except BaseException as error:
-            files.status("failed", step=0, num_steps=config.num_steps, error=str(error))
-            raise
-        finally:
-            host.close()
+    except BadInput:
+        raise
+    except BaseException as error:
+        files.status("failed", error=str(error))
+        raise
+    finally:
+        host.close()
 
 
 async def _run(
@@ -89,13 +92,12 @@ async def _run(
     checkpoint: checkpoints.Checkpoint | None,
     started: float,
 ) -> int:
-    in_process = isinstance(host, InProcessHost)
-    if isinstance(host, RayHost):
-        check_gpus(config, host.num_gpus())
-    sinks = [] if in_process else [RayMetricsSink(config.name)]
-    metrics = MetricsWriter(
-        files.folder, resume_step=checkpoint.step if checkpoint else None, sinks=sinks
-    )
+    sinks = [] if isinstance(host, InProcessHost) else [RayMetricsSink(config.name)]
+    resume_step = checkpoint.step if checkpoint is not None else files.start_over()
+    metrics = MetricsWriter(files.folder, resume_step=resume_step, sinks=sinks)
+    if checkpoint is None:
+        files.dropped([too_long(prompt_id) for prompt_id in inputs.dropped])
+    files.status("starting", step=0, num_steps=config.num_steps)
     members: list[Member] = []
     run = _wire(config, inputs, files, view, host, metrics, members, started)
     loop = asyncio.get_running_loop()
@@ -171,13 +173,15 @@ def _wire(
         PromptStream(inputs.prompts, seed=config.seed, shuffle=config.prompts.shuffle),
         Ledger(prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness),
         rollout_timeout_s=config.generators.rollout_timeout_s,
-        on_drop=lambda dropped: files.dropped(dropped_rows(dropped, samples, time.time())),
+        on_drop=lambda dropped: files.dropped(rolled_out(dropped, samples)),
     )
     evaluation = None
     if config.evaluation is not None:
         same = config.evaluation.scorer == config.reward.scorer
         judge = (
-            rewards if same else service("judge", RewardServiceConfig(scorer=config.evaluation.scorer))
+            rewards
+            if same
+            else service("judge", RewardServiceConfig(scorer=config.evaluation.scorer))
         )
         evaluation = Evaluation(
             config.evaluation,
@@ -283,4 +287,3 @@ def _process_start() -> float:
     import psutil
 
     return psutil.Process().create_time()
-

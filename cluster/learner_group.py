@@ -27,7 +27,10 @@ class LearnerGroup:
     async def start(self, run_dir: Path) -> list[dict[str, Any]]:
         """Bring the ranks together and load the models."""
         rendezvous = await meet(self.ranks, self._host, run_dir, self._timeout_s)
-        return await self._all(lambda it: it.start, rendezvous)
+        try:
+            return await self._all(lambda it: it.start, rendezvous)
+        finally:
+            Path(rendezvous.file or run_dir / "none").unlink(missing_ok=True)
 
     async def prepare_publish(self, segment: str | None) -> WeightLayout:
         layout: WeightLayout = (await self._all(lambda it: it.prepare_publish, segment))[0]
@@ -37,8 +40,11 @@ class LearnerGroup:
     async def publish(self, version: int) -> WeightUpdate:
         return (await self._all(lambda it: it.publish, version))[0]
 
-    async def update(self, batch: pa.Table, step: int, version: int, folder: Path) -> dict[str, float]:
-        metrics = await self._all(lambda it: it.update, self._host.share(batch), step, version, str(folder.resolve())
+    async def update(
+        self, batch: pa.Table, step: int, version: int, folder: Path
+    ) -> dict[str, float]:
+        metrics = await self._all(
+            lambda it: it.update, self._host.share(batch), step, version, str(folder.resolve())
         )
         return reduce_ranks(metrics)
 
@@ -56,15 +62,12 @@ class LearnerGroup:
 
     async def _all(self, method: Callable[[Any], Any], *args: Any) -> list[Any]:
         calls = [
-            ask(rank, method(rank.handle), *args, within=self._timeout_s)
-            for rank in self.ranks
+            ask(rank, method(rank.handle), *args, within=self._timeout_s) for rank in self.ranks
         ]
         return await asyncio.gather(*calls)
 
 
-async def meet(
-    ranks: list[Member], host: Host, run_dir: Path, timeout_s: float
-) -> Rendezvous:
+async def meet(ranks: list[Member], host: Host, run_dir: Path, timeout_s: float) -> Rendezvous:
     """Where the ranks come together: a file if they share a machine, else rank 0's address."""
     if await host.same_machine(ranks):
         meeting = run_dir.resolve() / f"rendezvous-{os.getpid()}"

@@ -73,6 +73,7 @@ class Ledger:
         for place, lease in enumerate(left):
             consumed_at = version + 1 + place // self._per_step  # if steps take the oldest first
             if consumed_at - lease.version > self._max_staleness:
+                assert self.outstanding(), "prompts can only be consumed too stale; nothing is awaited"
                 return None
         return keys
 
@@ -80,6 +81,10 @@ class Ledger:
         for key in keys:
             assert self._leases.pop(key).finished, f"{key} was not finished"
             self.num_consumed += 1
+
+    def __len__(self) -> int:
+        """Prompts that are out: leased or finished, not consumed."""
+        return len(self._leases)
 
     def outstanding(self) -> list[Prompt]:
         """Leased, not finished; in the order of the leases."""

@@ -74,6 +74,7 @@ class Host(Protocol):
         ...
 
     async def same_machine(self, members: list[Member]) -> bool: ...
+    def num_gpus(self) -> float: ...
     async def stop(self, members: list[Member]) -> None: ...
     def close(self) -> None: ...
 
@@ -91,6 +92,11 @@ class InProcessHost:
 
     async def same_machine(self, members: list[Member]) -> bool:
         return True
+
+    def num_gpus(self) -> float:
+        import torch
+
+        return float(torch.cuda.device_count())
 
     async def stop(self, members: list[Member]) -> None:
         for member in members:

@@ -77,7 +77,9 @@ class LearnerRole(LearnerWorker):
 class RewardRole(RewardService):
     """The reward service, or the judge of the evaluation."""
 
-    def __init__(self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path) -> None:
+    def __init__(
+        self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path
+    ) -> None:
         log_to(log_file)
         self._name = name
         super().__init__(config, merge_calls=merge_calls)

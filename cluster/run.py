@@ -23,6 +23,7 @@ from cluster.placement import Host, Member, RoleFailed
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
 from learner.learner_worker import Samples
+from learner.trajectory_buffer import TrajectoryBuffer
 
 SELF_CHECK_PROMPTS = 16
 HISTORY = 16  # steps
@@ -51,6 +52,7 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
     _boundary: tuple[int, int] = (0, 0)
     _busy_s: float = 0.0
+    _taken_at: float = field(default_factory=time.time)
 
     # ---- the verbs of a step
 
@@ -88,7 +90,8 @@ class Run:
         aside = checkpoints.begin(self.files.folder, self.step)
         await self.learner.save(aside / checkpoints.LEARNER)
         (aside / checkpoints.DRIVER).write_text(json.dumps(self._driver_state()))
-        self.supervisor.buffer.save(aside / checkpoints.BUFFER)
+        buffer = TrajectoryBuffer() if self._forgets_leases() else self.supervisor.buffer
+        buffer.save(aside / checkpoints.BUFFER)
         checkpoints.commit(aside, self.step, self.config.checkpoint.keep)
         self.files.event("checkpoint_saved", step=self.step)
         self.spent("checkpoint", time.perf_counter() - started)
@@ -164,12 +167,16 @@ class Run:
         self.files.rewind(checkpoint.step, state["num_dropped"])
         self.files.event("resumed", step=checkpoint.step)
 
+    def _forgets_leases(self) -> bool:
+        """A synchronous run goes on at the last step's end: what is half rolled out is forgotten, and
+        comes again, the same, from the same cursor and seeds."""
+        return self.config.max_staleness == 0 and len(self.supervisor.ledger) > 0
+
     def _driver_state(self) -> dict[str, Any]:
-        """What the driver needs to go on. A synchronous run goes on at the last step's end: what is
-        half rolled out is forgotten and comes again, the same, from the same cursor and seeds."""
+        """What the driver needs to go on."""
         supervisor = self.supervisor
         cursor, num_dropped = supervisor.stream.cursor, self.files.num_dropped()
-        if self.config.max_staleness == 0 and supervisor.ledger.outstanding():
+        if self._forgets_leases():
             cursor, num_dropped = self._boundary
             ledger = supervisor.ledger.without_leases()
         else:
@@ -192,8 +199,9 @@ class Run:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
         return seconds
 
-    async def rollout_metrics(self, batch: pa.Table, waited_s: float) -> dict[str, float]:
-        """What the batch shows of generation and scoring."""
+    async def rollout_metrics(self, batch: pa.Table) -> dict[str, float]:
+        """What the batch shows of generation and scoring; rates are over the time since the last."""
+        since, self._taken_at = time.time() - self._taken_at, time.time()
         scores = batch["score"].to_numpy()
         lengths = pc.list_value_length(batch["completion_ids"]).to_numpy()  # type: ignore[attr-defined]
         staleness = self.step - batch["policy_version"].to_numpy()
@@ -203,14 +211,18 @@ class Run:
         generating = max(busy - self._busy_s, 1e-9)
         self._busy_s = busy
         self.view.roles(
-            {s.name: f"{st['running']} running" for s, st in zip(self.supervisor.generators, statuses, strict=True)}
+            {
+                s.name: f"{st['running']} running"
+                for s, st in zip(self.supervisor.generators, statuses, strict=True)
+            }
         )
         self.spent("generation", generating / len(statuses))
         metrics = {
             "rollout/completion_tokens": float(lengths.sum()),
             "rollout/completion_tokens_mean": float(lengths.mean()),
-            "rollout/tokens_per_s": float(lengths.sum() / max(waited_s, 1e-9)),
-            "rollout/samples_per_s": len(lengths) / max(waited_s, 1e-9),
+            "rollout/tokens_per_s": float(lengths.sum() / since),
+            "rollout/samples_per_s": len(lengths) / since,
+            "rollout/generator_busy_share": generating / len(statuses) / since,
             "rollout/truncated_fraction": float(truncated.as_py()),
             "reward/score_mean": float(scores.mean()),
             "reward/score_sd": float(scores.std()),
@@ -236,5 +248,7 @@ def _rounded(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _evaluation_line(evaluated: Evaluated) -> str:
-    figures = "  ".join(f"{name} {value:.3f}" for name, value in _rounded(evaluated.metrics).items())
+    figures = "  ".join(
+        f"{name} {value:.3f}" for name, value in _rounded(evaluated.metrics).items()
+    )
     return f"held-out, step {evaluated.step}: {figures}"

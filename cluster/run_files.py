@@ -21,12 +21,11 @@ class RunFiles:
     def __init__(self, config: StageConfig) -> None:
         self.folder = config.run_dir
         self._config = config
+        self._facts: dict[str, Any] = {}
 
-    def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder. BadInput if there is a run in it and neither `resume` nor `overwrite`."""
-        if resume and overwrite:
-            raise BadInput("--resume goes on with a run, --overwrite deletes it; give one of the two")
-        exists = (self.folder / "config.yaml").exists()
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """BadInput if there is a run and neither `resume` nor `overwrite`, or none to resume."""
+        exists = self._exists()
         if exists and not (resume or overwrite):
             raise BadInput(
                 f"{self.folder}: there is a run already; --resume goes on with it, --overwrite deletes "
@@ -34,14 +33,31 @@ class RunFiles:
             )
         if resume and not exists:
             raise BadInput(f"{self.folder}: no run to resume; leave --resume out")
-        if exists and overwrite:
-            shutil.rmtree(self.folder)
+
+    def create(self, *, overwrite: bool) -> None:
+        """Make the folder, or BadInput."""
         try:
+            if overwrite and self._exists():
+                shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
             (self.folder / "config.yaml").write_text(text)
         except OSError as error:
-            raise BadInput(f"{self.folder}: cannot write there ({error.strerror}); set runs_dir") from None
+            raise BadInput(
+                f"{self.folder}: cannot write there ({error.strerror}); set runs_dir"
+            ) from None
+
+    def start_over(self) -> int | None:
+        """Forget what an earlier attempt left that had no checkpoint yet. Returns the step for
+        MetricsWriter: None in a new folder."""
+        if not (self.folder / "events.jsonl").exists():
+            return None
+        self.rewind(0, 0)
+        (self.folder / "events.jsonl").unlink()
+        return -1
+
+    def _exists(self) -> bool:
+        return (self.folder / "config.yaml").exists()
 
     def event(self, event: str, **facts: Any) -> None:
         self._append("events.jsonl", {"time": time.time(), "event": event, **facts})
@@ -51,11 +67,10 @@ class RunFiles:
             self._append("dropped.jsonl", row)
 
     def status(self, state: str, **facts: Any) -> None:
+        """Facts not given stay as they were."""
         stage = getattr(self._config, "stage", "")
-        self._replace(
-            "status.json",
-            {"state": state, "stage": stage, "pid": os.getpid(), "updated_at": time.time(), **facts},
-        )
+        self._facts |= {"state": state, "stage": stage, "pid": os.getpid(), **facts}
+        self._replace("status.json", {**self._facts, "updated_at": time.time()})
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._replace("summary.json", summary)

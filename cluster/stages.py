@@ -23,6 +23,8 @@ from reward_service.rows import read_rows
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     """Train, write runs/<name>/model, report. Returns the model's folder."""
+    files = RunFiles(config)
+    files.check(resume=False, overwrite=overwrite)
     try:
         model_config(config.model, "model")
         load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)
@@ -30,8 +32,7 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
         raise BadInput(str(error)) from None
     if in_process and config.learner.ranks > 1:
         raise BadInput("learner.ranks: --in-process is one rank; set learner.ranks=1")
-    files = RunFiles(config)
-    files.open(resume=False, overwrite=overwrite)
+    files.create(overwrite=overwrite)
     return asyncio.run(_sft(config, files, in_process))
 
 
@@ -78,13 +79,14 @@ async def _sft(config: SFTRunConfig, files: RunFiles, in_process: bool) -> Path:
 
 def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
     """Train on preference pairs, write runs/<name>/model, report. Returns the model's folder."""
+    files = RunFiles(config)
+    files.check(resume=False, overwrite=overwrite)
     try:
         model_config(config.model, "model")
         read_rows(config.training.pairs, columns=("prompt", "chosen", "rejected"))
     except ValueError as error:
         raise BadInput(str(error)) from None
-    files = RunFiles(config)
-    files.open(resume=False, overwrite=overwrite)
+    files.create(overwrite=overwrite)
     started, out = time.time(), files.folder / "model"
     from reward_service.reward_training import train
 

@@ -67,7 +67,9 @@ def _held_out(run: Run) -> dict[str, Any]:
         "score_after": last["reward_mean"],
         "kl_to_ref": last.get("kl_to_ref"),
         "kl_to_ref_before": first.get("kl_to_ref"),
-        "samples": _samples(before, after, run.config.evaluation.show if run.config.evaluation else 0),
+        "samples": _samples(
+            before, after, run.config.evaluation.show if run.config.evaluation else 0
+        ),
     }
 
 
@@ -112,5 +114,3 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
             f"  after   {sample['after'].strip()}   [judge {sample['judge_after']:g}]",
         ]
     return [*lines, ""]
-
-

@@ -106,7 +106,8 @@ class Supervisor:
     def _collect(self) -> None:
         if not self._collectors:
             self._collectors = [
-                asyncio.create_task(self._collect_from(place)) for place in range(len(self.generators))
+                asyncio.create_task(self._collect_from(place))
+                for place in range(len(self.generators))
             ]
 
     async def _collect_from(self, place: int) -> None:
@@ -182,7 +183,6 @@ class Supervisor:
 
     async def _each(self, method: Callable[[Any], Any], *args: Any, within: float) -> list[Any]:
         calls: Iterable[Any] = (
-            ask(member, method(member.handle), *args, within=within)
-            for member in self.generators
+            ask(member, method(member.handle), *args, within=within) for member in self.generators
         )
         return await asyncio.gather(*calls)

@@ -29,7 +29,7 @@ async def train(run: Run) -> None:
         if batch is None:
             break
         waited = run.spent("waiting for rollouts", time.perf_counter() - started)
-        metrics = await run.rollout_metrics(batch, waited)
+        metrics = await run.rollout_metrics(batch)
 
         updating = time.perf_counter()
         metrics |= await run.update(batch)

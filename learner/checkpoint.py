@@ -25,7 +25,11 @@ class _ModelState:
         self._model, self._optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
+        fresh = not self._optimizer.state
         model, optimizer = get_state_dict(self._model, self._optimizer)
+        if fresh:  # torch filled the state by a step with gradient 0, which is not to be counted
+            for state in self._optimizer.state.values():
+                state["step"].zero_()
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -40,10 +41,23 @@ def write_folder(weights: Mapping[str, Tensor], source: str, out: Path) -> None:
     for path in sorted(Path(source).iterdir()):
         if path.is_file() and not path.name.endswith(NOT_COPIED):
             shutil.copy2(path, aside / path.name)
+    _name_dtype(
+        aside / "config.json", {str(t.dtype).removeprefix("torch.") for t in weights.values()}
+    )
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(contiguous, str(aside / "model.safetensors"), metadata={"format": "pt"})
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
+
+
+def _name_dtype(path: Path, dtypes: set[str]) -> None:
+    """Loaders believe config.json, so it names the dtype of the tensors beside it."""
+    assert len(dtypes) == 1, f"weights of mixed dtypes {sorted(dtypes)}"
+    config = json.loads(path.read_text())
+    config["dtype"] = dtypes.pop()
+    if "torch_dtype" in config:  # its name before transformers 4.56
+        config["torch_dtype"] = config["dtype"]
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def export_checkpoint(checkpoint: Path, source: str, out: Path, dtype: str) -> None:

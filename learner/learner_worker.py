@@ -160,7 +160,8 @@ class LearnerWorker:
     def _logprobs(self, samples: Samples, model: PolicyModel) -> list[np.ndarray]:
         swept = sweep(samples, self._share, [lambda packed: model(packed, samples.temperature)[0]])
         return [
-            row[: len(ids)].numpy() for row, ids in zip(swept[0], samples.completion_ids, strict=True)
+            row[: len(ids)].numpy()
+            for row, ids in zip(swept[0], samples.completion_ids, strict=True)
         ]
 
     @torch.no_grad()
@@ -179,9 +180,7 @@ class LearnerWorker:
         from actors.prompts import load_tokenizer
 
         tokenizer = load_tokenizer(self._spec.policy)
-        rows = load_supervised(
-            ptx.path, tokenizer, self._spec.learner.max_tokens_per_microbatch
-        )
+        rows = load_supervised(ptx.path, tokenizer, self._spec.learner.max_tokens_per_microbatch)
         return SupervisedRows(rows, batch_size=ptx.batch_size, seed=self._spec.seed).batch
 
 

@@ -51,11 +51,23 @@ class Optimizer:
 
     def apply(self, what: str) -> float:
         """Clip, step, clear. Returns the gradient norm before clipping; NotFinite instead of a step."""
+        if not math.isfinite(norm := self.clip()):
+            self.clear()
+            raise NotFinite(
+                f"the gradient norm of the {what} is {norm}; its weights were not changed"
+            )
+        self.step()
+        return norm
+
+    def clip(self) -> float:
+        """Clip the gradients; their norm before, over all ranks. They are lost if it is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-        if not math.isfinite(value := norm.item()):
-            self.adamw.zero_grad()
-            raise NotFinite(f"the gradient norm of the {what} is {value}; its weights were not changed")
+        return norm.item()
+
+    def step(self) -> None:
         self.adamw.step()
+        self.clear()
+
+    def clear(self) -> None:
         self.adamw.zero_grad()
-        return value

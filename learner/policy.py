@@ -52,7 +52,7 @@ class PolicyModel(nn.Module):
         )
         if self.value_head is None:
             return logprobs, entropy, torch.zeros_like(logprobs)
-        return logprobs, entropy, self.value_head(hidden)[:, 0].float()
+        return logprobs, entropy, _scalars(self.value_head, hidden)
 
 
 class ValueModel(nn.Module):
@@ -65,7 +65,7 @@ class ValueModel(nn.Module):
 
     def forward(self, packed: PackedRows) -> Tensor:
         """values [N] float32 over the packed completion tokens."""
-        return self.head(_hidden_rows(self.trunk, packed))[:, 0].float()
+        return _scalars(self.head, _hidden_rows(self.trunk, packed))
 
 
 def _hidden_rows(trunk: Any, packed: PackedRows) -> Tensor:
@@ -76,6 +76,11 @@ def _hidden_rows(trunk: Any, packed: PackedRows) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state[0].index_select(0, packed.rows)
+
+
+def _scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """[N, hidden] -> [N] float32; no view, because FSDP hooks what its modules return."""
+    return head(hidden).sum(-1, dtype=torch.float32)
 
 
 def _zero_head(hidden_size: int) -> nn.Linear:
@@ -103,11 +108,24 @@ def load_policy(
     full = None
     if dist.get_rank() == 0:
         full = build(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        _check_head(full.lm)
     with torch.device("meta"):
         empty = build(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
     use_packed_attention(empty.lm)
     empty.requires_grad_(not frozen)
     return _shard(empty, empty.lm, full, mesh, config)
+
+
+@torch.no_grad()
+def _check_head(lm: Any) -> None:
+    """Refuse a model that scales or caps its logits: the chunked logprobs would not."""
+    ids = torch.arange(2)[None]
+    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = lm(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(lm.get_output_embeddings()(hidden), logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(lm).__name__}: its logits are more than a matrix times the trunk; not supported"
+        )
 
 
 def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> ValueModel:
@@ -145,11 +163,15 @@ def _copy_score_head(folder: str, hf_config: Any, head: nn.Linear) -> None:
         head.bias.fill_(-mean / sd)
 
 
-def _shard(model: Any, hf_model: Any, full: nn.Module | None, mesh: DeviceMesh, config: LearnerConfig) -> Any:
+def _shard(
+    model: Any, hf_model: Any, full: nn.Module | None, mesh: DeviceMesh, config: LearnerConfig
+) -> Any:
     """fully_shard each layer and the whole, then fill the shards from rank 0's full weights."""
     trunk = getattr(hf_model, "base_model", hf_model)
     if not hasattr(trunk, "layers"):
-        raise ValueError(f"{type(hf_model).__name__}: no list of decoder layers to shard; not supported")
+        raise ValueError(
+            f"{type(hf_model).__name__}: no list of decoder layers to shard; not supported"
+        )
     if config.activation_checkpointing:
         hf_model.gradient_checkpointing_enable({"use_reentrant": False})
     precision = MixedPrecisionPolicy(
@@ -163,8 +185,9 @@ def _shard(model: Any, hf_model: Any, full: nn.Module | None, mesh: DeviceMesh, 
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            # Losses are normalised globally, so gradients are plain sums.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # losses are normalised globally: plain sums
+            module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=mesh.device_type)
     if hasattr(hf_model, "tie_weights"):
         hf_model.tie_weights()
@@ -184,4 +207,3 @@ def _fill_buffers(model: nn.Module, full: nn.Module | None) -> None:
         if given:
             buffer.copy_(given[name])
         dist.broadcast(buffer, 0)
-

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from learner.batch import PPOBatch, TrajectoryBatch
@@ -63,7 +63,8 @@ class PPOUpdate:
         ppo = prepare(batch, self.models, self._config, self._share, self.kl_coef)
         history: list[Metrics] = []
         for indices in self._minibatches(len(batch), step):
-            history.append(self._minibatch(ppo, indices, step * 1000 + len(history)))
+            done = (step - 1) * self._config.epochs * self._config.minibatches + len(history)
+            history.append(self._minibatch(ppo, indices, done))
             if history[-1]["approx_kl"] > (self._config.max_approx_kl or float("inf")):
                 break
         metrics = _step_metrics(ppo, history)
@@ -82,7 +83,9 @@ class PPOUpdate:
         microbatches = self._share.of(batch, indices.tolist())
         sums: dict[str, Tensor] = {}
         for position, chosen in enumerate(microbatches):
-            self._sync_gradients(position == len(microbatches) - 1 and self._ptx_batches is None)
+            last = position == len(microbatches) - 1
+            _sync_gradients(self.models.value, last)
+            _sync_gradients(self.models.policy, last and self._ptx_batches is None)
             loss, metrics = self._losses(ppo, chosen, counts)
             loss.backward()
             for name, value in metrics.items():
@@ -91,12 +94,23 @@ class PPOUpdate:
                 sums[name] = torch.maximum(old, value) if is_max else old + value
         if self._ptx_batches is not None:
             sums["ptx_loss"] = self._ptx(number)
-        metrics = _over_ranks(sums)
-        if not np.isfinite(metrics["policy_loss"] + metrics["value_loss"]):
-            raise NotFinite(f"the loss of a minibatch is not finite: {metrics}")
-        metrics["grad_norm_policy"] = self.policy_optimizer.apply("policy")
+        return self._step(_over_ranks(sums))
+
+    def _step(self, metrics: Metrics) -> Metrics:
+        """Both optimizers, or neither where a loss or a gradient norm is not finite."""
+        optimizers = {"grad_norm_policy": self.policy_optimizer}
         if self.value_optimizer is not None:
-            metrics["grad_norm_value"] = self.value_optimizer.apply("value model")
+            optimizers["grad_norm_value"] = self.value_optimizer
+        metrics |= {name: optimizer.clip() for name, optimizer in optimizers.items()}
+        losses = (metrics["policy_loss"], metrics["value_loss"])
+        if not np.isfinite([*losses, *(metrics[name] for name in optimizers)]).all():
+            for optimizer in optimizers.values():
+                optimizer.clear()
+            raise NotFinite(
+                f"a loss or gradient is not finite; this minibatch changed nothing: {metrics}"
+            )
+        for optimizer in optimizers.values():
+            optimizer.step()
         return metrics
 
     def _losses(
@@ -159,22 +173,17 @@ class PPOUpdate:
 
     def _ptx(self, number: int) -> Tensor:
         """Gradients of the pretraining term (PPO-ptx); returns this rank's share of its loss."""
-        assert self._ptx_batches is not None and self._config.ptx is not None
+        assert self._ptx_batches is not None
+        assert self._config.ptx is not None
         batch = self._ptx_batches(number)
         total = torch.zeros((), device=self._share.device)
         microbatches = self._share.of(batch, range(len(batch)))
         for position, chosen in enumerate(microbatches):
-            self._sync_gradients(position == len(microbatches) - 1)
+            _sync_gradients(self.models.policy, position == len(microbatches) - 1)
             loss = supervised_loss(self.models.policy, batch, chosen, self._share)
             (self._config.ptx.coef * loss).backward()
             total += loss.detach()
         return total
-
-    def _sync_gradients(self, last: bool) -> None:
-        """Sum gradients over ranks only behind the last microbatch."""
-        for model in (self.models.policy, self.models.value):
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(last)
 
     def _adapt_kl(self, kl_to_ref: float, num_trajectories: int) -> None:
         """The proportional controller of Ziegler et al. 2019 (section 2.2), if a target is set."""
@@ -182,6 +191,13 @@ class PPOUpdate:
         if kl.target is not None:
             error = float(np.clip(kl_to_ref / kl.target - 1.0, -0.2, 0.2))
             self.kl_coef *= 1.0 + error * num_trajectories / kl.horizon
+
+
+def _sync_gradients(model: nn.Module | None, last: bool) -> None:
+    """Sum gradients over ranks only behind the last microbatch that `model` has a part in: what is
+    never summed is never seen by its optimizer."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
 
 
 def _over_ranks(sums: dict[str, Tensor]) -> Metrics:
@@ -217,6 +233,8 @@ def _step_metrics(ppo: PPOBatch, history: list[Metrics]) -> Metrics:
     metrics["learner/behavior_difference_max"] = difference.max().item()
     if ppo.value_mask.any():
         returns, values = ppo.returns[ppo.value_mask], ppo.values[ppo.value_mask]
-        unexplained = (returns - values).var() / returns.var().clamp(min=1e-8)
-        metrics["learner/explained_variance"] = 1.0 - unexplained.item()
+        variance = returns.var(correction=0)
+        if variance > 1e-12:  # else there is nothing to explain
+            unexplained = (returns - values).var(correction=0) / variance
+            metrics["learner/explained_variance"] = 1.0 - unexplained.item()
     return metrics

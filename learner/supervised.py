@@ -35,7 +35,8 @@ class SupervisedBatch:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> SupervisedBatch:
         return SupervisedBatch(
-            tuple(self.prompt_ids[i] for i in indices), tuple(self.completion_ids[i] for i in indices)
+            tuple(self.prompt_ids[i] for i in indices),
+            tuple(self.completion_ids[i] for i in indices),
         )
 
 
@@ -78,9 +79,18 @@ def load_supervised(path: str, tokenizer: Any, max_tokens: int) -> SupervisedBat
 
 def _encode(where: str, row: Mapping[str, Any], tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     if row.get("messages") is not None:
-        *context, last = row["messages"]
+        *context, last = row["messages"] or [{}]
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{where}: has messages, but the tokenizer has no chat template; "
+                "use prompt and completion columns"
+            )
+        if not context or last.get("role") != "assistant":
+            raise ValueError(
+                f"{where}: messages must hold a context and end with the assistant's; fix the row"
+            )
         prompt = tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
-        completion, special = last["content"], False
+        completion, special = last.get("content"), False
     else:
         prompt, completion, special = row.get("prompt"), row.get("completion"), True
     if not prompt or not completion:

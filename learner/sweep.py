@@ -63,12 +63,15 @@ class Share:
 
     def of(self, batch: Sequences, indices: Sequence[int]) -> list[list[int]]:
         """Microbatches of `indices` for this rank; every rank gets equally many."""
-        lengths = [batch.lengths[i] for i in indices]
+        whole = batch.lengths
+        lengths = [whole[i] for i in indices]
         mine = plan(lengths, self.world_size, self.max_tokens)[self.rank]
         return [[int(indices[i]) for i in one] for one in mine]
 
     def pack(self, batch: Sequences, indices: Sequence[int]) -> PackedRows:
-        sequences = [np.concatenate([batch.prompt_ids[i], batch.completion_ids[i]]) for i in indices]
+        sequences = [
+            np.concatenate([batch.prompt_ids[i], batch.completion_ids[i]]) for i in indices
+        ]
         packed = PackedRows.build(sequences, [len(batch.prompt_ids[i]) for i in indices])
         return packed.to(self.device)
 
@@ -90,7 +93,7 @@ def sweep(batch: Sequences, share: Share, forwards: Sequence[Forward]) -> list[T
 def prepare(
     batch: TrajectoryBatch, models: Models, config: PPOConfig, share: Share, kl_coef: float
 ) -> PPOBatch:
-    """All an epoch needs. Raises NotFinite if a logprob or value is not."""
+    """All an epoch needs. Raises NotFinite if a score, logprob, value or advantage is not."""
     temperature = batch.temperature
 
     def reference(packed: PackedRows) -> Tensor:
@@ -104,8 +107,6 @@ def prepare(
     elif config.uses_critic:
         forwards.append(lambda packed: models.policy(packed, temperature)[2])
     swept = sweep(batch, share, forwards)
-    if not all(tensor.isfinite().all() for tensor in swept):
-        raise NotFinite("a logprob or value of the batch is not finite; nothing was changed")
     ref_logprobs = swept[0]
     old_logprobs = swept[1] if config.anchor == "learner" else batch.behavior_logprobs
     values = swept[-1] if config.uses_critic else torch.zeros_like(ref_logprobs)
@@ -114,6 +115,15 @@ def prepare(
         batch.scores, old_logprobs, ref_logprobs, batch.loss_mask, kl_coef=in_reward
     )
     advantages, returns, trained = _advantages(batch, rewards, values, config)
+    inputs = {
+        "score": [batch.scores],
+        "behavior logprob": [batch.behavior_logprobs],
+        "logprob or value": swept,
+        "advantage or return": [advantages, returns],
+    }
+    for name, tensors in inputs.items():
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise NotFinite(f"a {name} of the batch is not finite; nothing was changed")
     return PPOBatch(batch, old_logprobs, ref_logprobs, values, advantages, returns, trained)
 
 

@@ -89,7 +89,8 @@ class WeightPublisher:
         if self._rank == 0:
             Path(place).unlink(missing_ok=True)
             descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            os.ftruncate(descriptor, self.layout.total_bytes)
+            # Not ftruncate: where shared memory is too small, that succeeds and a write kills us.
+            os.posix_fallocate(descriptor, 0, self.layout.total_bytes)
         dist.barrier()
         if self._rank != 0:
             descriptor = os.open(place, os.O_RDWR)

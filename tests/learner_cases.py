@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-
-import multiprocessing
-
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -118,12 +115,12 @@ def _rank(
 @cache
 def _forkserver() -> Any:
     """Ranks are forked from a process that has imported torch and transformers already."""
-    here = Path(__file__).parent
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(here.parent), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["learner_cases"])
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as environment:  # the server itself does not get sys.path
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -268,7 +265,7 @@ def batch_table(*, seed: int = 0, size: int = 8, samples: int = 2) -> pa.Table:
 
 def ppo_config(**changes: Any) -> PPOConfig:
     """A step of 2 x 2 minibatches that moves the weights enough to be clipped."""
-    fast = OptimizerConfig(lr=1e-3, warmup_steps=2, weight_decay=0.01)
+    fast = OptimizerConfig(lr=3e-4, warmup_steps=2, weight_decay=0.01)
     values = {"policy": fast, "value": fast, "kl": KLConfig(coef=0.1), "value_clip_range": 0.1}
     return PPOConfig.model_validate({**values, **changes})
 
@@ -338,5 +335,30 @@ def hf_logprobs(
     return picked.gather(1, torch.tensor(list(completion))[:, None])[:, 0]
 
 
-def plain_config(folder: str) -> PretrainedConfig:
-    return Qwen2Config.from_pretrained(folder)
+@dataclass(frozen=True)
+class Folders:
+    """Model folders that no test changes."""
+
+    policy: str  # Qwen2, tied embeddings
+    reference: str  # close to it
+    llama: str  # untied
+    reward_model: str
+
+
+@cache
+def folders() -> Folders:
+    root = TemporaryDirectory(prefix="raylign-test-models-")
+    _kept.append(root)
+    path = Path(root.name)
+    policy = write_qwen2(path / "policy")
+    return Folders(
+        policy,
+        write_near(path / "reference", policy, 0.02),
+        write_llama(path / "llama"),
+        write_reward_model(path / "reward_model"),
+    )
+
+
+def case(ppo: PPOConfig | None = None, **changes: Any) -> Case:
+    made = folders()
+    return Case(made.policy, made.reference, ppo or ppo_config(), **changes)

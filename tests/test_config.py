@@ -239,7 +239,7 @@ def test_the_last_override_holds(load: Any) -> None:
         ("seed", "key.path=value"),
         ("=3", "key.path=value"),
         ("seed=[1", "YAML"),
-        ("seed.deep=1", "not a section"),
+        ("num_steps.deep=1", "not a section"),
         ("ppo.epochz=1", "did you mean epochs?"),
         ("seed=many", "seed"),
     ],
