@@ -83,13 +83,19 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
 
 
 def _chat_text(where: str, messages: Any, tokenizer: Any) -> str:
+    # Checked here, because a template turns nearly anything into some text.
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(f"{where}: messages is no list of role and content objects; correct it")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever the template, a program of the model's, makes of them
-        raise ValueError(
-            f"{where}: the chat template does not take these messages ({error}); give a list of "
-            '{"role", "content"} objects'
-        ) from None
+    except Exception as error:  # the template is a program of the model's
+        raise ValueError(f"{where}: refused by the chat template ({error}); correct it") from None
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )
 
 
 def _metadata(where: str, value: Any) -> Mapping[str, Any]:

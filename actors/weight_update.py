@@ -125,7 +125,7 @@ def probe_difference(probe: Probe, answered: Iterable[float]) -> float:
     """max |generator - learner| over the probe's tokens; inf if either side lacks a token, or has
     one that is not finite."""
     answer, expected = np.asarray(list(answered), np.float64), np.asarray(probe.logprobs)
-    if answer.shape != expected.shape or not answer.size:
+    whole = answer.size and answer.shape == expected.shape
+    if not (whole and np.isfinite(answer).all() and np.isfinite(expected).all()):
         return float("inf")
-    difference = float(np.abs(answer - expected).max())
-    return difference if np.isfinite(difference) else float("inf")
+    return float(np.abs(answer - expected).max())

@@ -19,7 +19,10 @@ from reward_service.config import (
     RewardTrainingConfig,
     ScorerConfig,
     StrictModel,
+    SumPartConfig,
 )
+
+SumPartConfig.model_rebuild()  # names ScorerConfig before that exists; known_keys reads its fields
 
 
 class BadInput(Exception):

@@ -58,9 +58,15 @@ async def _settle(answer: Any) -> Any:
 def _explain(member: Member, label: str, error: Exception) -> str:
     kind = type(error).__name__
     if kind in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
-        return f"{member.name}: its process died during {label}"
+        return f"{member.name}: its process died during {label}{_reason(error)}"
     cause = getattr(error, "cause", None) or error  # Ray wraps what the method raised
     return f"{member.name}: {label}: {type(cause).__name__}: {cause}"
+
+
+def _reason(error: Exception) -> str:
+    """Ray tells at length why an actor died; the last line of a constructor's error says it all."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f": {lines[-1]}" if "creation task" in str(error) and lines else ""
 
 
 class Host(Protocol):
@@ -140,7 +146,9 @@ class RayHost:
             "num_cpus": 0,
             "num_gpus": gpus,
             "max_restarts": 0,
-            "runtime_env": {"env_vars": {**env, "PYTHONPATH": _python_path()}},
+            "runtime_env": {
+                "env_vars": {**env, "PYTHONPATH": _python_path(), "RAYLIGN_HOME": os.getcwd()}
+            },
         }
         if gpus:
             options["scheduling_strategy"] = self._bundle(name, gpus)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class RolloutRole(RolloutWorker):
     """A generator with its rollout worker, which reaches the reward service through `rewards`."""
 
     def __init__(self, spec: RolloutSpec, rewards: Any) -> None:
-        log_to(spec.log_file)
+        settle_in(spec.log_file)
         from actors.generator import Generator
         from actors.prompts import load_tokenizer
 
@@ -67,7 +68,7 @@ class LearnerRole(LearnerWorker):
     """One rank of the learner."""
 
     def __init__(self, spec: LearnerSpec, rank: int, log_file: Path) -> None:
-        log_to(log_file)
+        settle_in(log_file)
         super().__init__(spec, rank)
 
     def __repr__(self) -> str:
@@ -80,7 +81,7 @@ class RewardRole(RewardService):
     def __init__(
         self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path
     ) -> None:
-        log_to(log_file)
+        settle_in(log_file)
         self._name = name
         super().__init__(config, merge_calls=merge_calls)
 
@@ -95,8 +96,11 @@ def _awaiting(call: Any) -> Any:
     return score
 
 
-def log_to(path: Path) -> None:
-    """This process's warnings, and the stacks of a crash, into the run's own log of this actor."""
+def settle_in(path: Path) -> None:
+    """Work where the driver works, so that relative paths mean the same; and send this process's
+    warnings, and the stacks of a crash, into the run's own log of this actor."""
+    if os.path.isdir(home := os.environ.get("RAYLIGN_HOME", "")):
+        os.chdir(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -97,6 +97,8 @@ class LearnerWorker:
             if separate
             else None,
         )
+        # Loading drew numbers on rank 0 alone; a checkpoint keeps one random state for all ranks.
+        torch.manual_seed(spec.seed)
         device = torch.device(mesh.device_type)
         self._share = Share(
             self._rank, rendezvous.world_size, spec.learner.max_tokens_per_microbatch, device

@@ -18,7 +18,7 @@ class NotFinite(Exception):
 def schedule(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The factor on lr at `step` (from 0) of `num_steps`: linear warm-up times the decay."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    done = step / num_steps
+    done = min(1.0, step / num_steps)
     low = config.min_lr_ratio
     decay = {
         "constant": 1.0,

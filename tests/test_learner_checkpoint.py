@@ -1,0 +1,150 @@
+"""Saving and loading: as if nothing had happened, and at another number of ranks the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from learner.config import KLConfig
+from tests.learner_cases import (
+    Case,
+    batch_table,
+    case,
+    folders,
+    largest_difference,
+    ppo_config,
+    run_ranks,
+    same_bytes,
+    weights_of,
+    whole,
+)
+
+STEPS, SAVED_AFTER = 3, 2
+SHORT = {"kl": KLConfig(coef=0.1, target=0.01, horizon=50), "epochs": 1}
+NAMES = ["separate", "shared", "critic-free"]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    untied = folders().llama
+    return {
+        "separate": case(ppo_config(**SHORT)),
+        "shared": case(ppo_config(value_model="shared", **SHORT)),
+        "critic-free": Case(untied, untied, ppo_config(advantage="grpo", **SHORT)),
+    }
+
+
+def everything(worker) -> dict[str, Tensor]:
+    """Weights, optimizer state, KL coefficient and random state: all that decides the next step."""
+    update = worker._update
+    found = weights_of(worker)
+    for kind, optimizer in (("policy", update.policy_optimizer), ("value", update.value_optimizer)):
+        if optimizer is None:
+            continue
+        for i, parameter in enumerate(optimizer.parameters):
+            for name, tensor in optimizer.adamw.state[parameter].items():
+                found[f"{kind}.adam.{i}.{name}"] = whole(tensor)
+    found["kl_coef"] = torch.tensor(update.kl_coef, dtype=torch.float64)
+    found["rng"] = torch.get_rng_state()
+    return found
+
+
+def train(worker, steps, folder) -> None:
+    for step in steps:
+        torch.rand(3)  # so that the random state has something to restore
+        worker.update(batch_table(seed=step), step, 3, str(folder))
+
+
+def straight_and_resumed(rank, meeting, one, folder):
+    """(all steps in one worker, the same with a save and a new worker between)."""
+    straight = one.start(rank, meeting)
+    train(straight, range(1, STEPS + 1), folder)
+    expected = everything(straight)
+    first = one.start(rank, meeting)
+    train(first, range(1, SAVED_AFTER + 1), folder)
+    saved = everything(first)
+    first.save(str(folder / "checkpoint"))
+    unharmed = same_bytes(everything(first), saved)
+    second = one.start(rank, meeting)
+    second.load(str(folder / "checkpoint"))
+    loaded = everything(second)
+    train(second, range(SAVED_AFTER + 1, STEPS + 1), folder)
+    return {
+        "straight": expected,
+        "resumed": everything(second),
+        "saved": saved,
+        "loaded": loaded,
+        "unharmed": unharmed,
+    }
+
+
+def _at_two_ranks(rank, meeting, cases, folder, from_one):
+    found = {}
+    for name, one in cases.items():
+        own = Path(folder) / name
+        found[name] = straight_and_resumed(rank, meeting, one, own)
+        worker = one.start(rank, meeting)
+        worker.load(from_one[name])
+        found[name]["loaded from one rank"] = everything(worker)
+    return found
+
+
+@pytest.fixture(scope="module")
+def at_one(cases, tmp_path_factory):
+    root = tmp_path_factory.mktemp("one")
+    found = {name: straight_and_resumed(0, None, one, root / name) for name, one in cases.items()}
+    return root, found
+
+
+@pytest.fixture(scope="module")
+def at_two(cases, at_one, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    from_one = {name: str(at_one[0] / name / "checkpoint") for name in cases}
+    return folder, run_ranks(_at_two_ranks, cases, str(folder), from_one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_straight_equal_steps_with_a_resume_between_bit_for_bit(name, at_one):
+    found = at_one[1][name]
+    assert same_bytes(found["loaded"], found["saved"])
+    assert same_bytes(found["resumed"], found["straight"])
+    assert not same_bytes(found["resumed"], found["loaded"])
+    assert found["unharmed"]
+    assert found["straight"]["kl_coef"] != 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_do_so_at_two_ranks_too(name, at_two):
+    for rank in at_two[1]:
+        found = rank[name]
+        assert same_bytes(found["loaded"], found["saved"])
+        assert same_bytes(found["resumed"], found["straight"])
+        assert found["unharmed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_of_one_rank_loads_at_two_and_the_other_way_round(name, cases, at_one, at_two):
+    saved = at_one[1][name]["saved"]
+    for rank in at_two[1]:
+        assert same_bytes(rank[name]["loaded from one rank"], saved)
+    worker = cases[name].start()
+    worker.load(str(at_two[0] / name / "checkpoint"))
+    assert same_bytes(everything(worker), at_two[1][0][name]["saved"])
+    assert largest_difference(weights_of(worker), {n: saved[n] for n in weights_of(worker)}) < 1e-4
+
+
+def test_a_checkpoint_before_the_first_step_counts_no_step(cases, tmp_path):
+    one = cases["separate"]
+    straight = one.start()
+    train(straight, [1], tmp_path)
+    first = one.start()
+    first.save(str(tmp_path / "checkpoint"))
+    second = one.start()
+    second.load(str(tmp_path / "checkpoint"))
+    for worker in (first, second):
+        torch.manual_seed(0)
+        train(worker, [1], tmp_path)
+        assert same_bytes(weights_of(worker), weights_of(straight))
