@@ -1,0 +1,213 @@
+"""One real vLLM engine and one real FSDP policy in this process serve all tests here."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.vllm_engine import ENGINE_ENV
+from actors.weight_update import WeightsRejected, WeightUpdate
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass
+class Bench:
+    """A generator, a learner with the same weights, and a loop in a thread to reach them by."""
+
+    generator: Any
+    learner: Any
+    model: Path
+    loop: asyncio.AbstractEventLoop
+    version: int = 0
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
+
+    def publish(self) -> WeightUpdate:
+        self.version += 1
+        update = self.learner.publish(self.version)
+        assert update is not None
+        return update
+
+    def push(self) -> dict[str, float]:
+        return self.run(self.generator.receive_weights(self.publish()))
+
+    def generate(self, *requests: Any) -> list[Any]:
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*await self.generator.generate(requests))
+
+        return self.run(all_of_them())
+
+
+def request(name: str, **changes: Any) -> Any:
+    from actors.generator import GenerateRequest
+
+    base = GenerateRequest(name, (40, 41, 42, 43), max_tokens=24, temperature=0.7, seed=1)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    os.environ.update(ENGINE_ENV)
+    from actors.config import GeneratorsConfig
+    from actors.generator import Generator
+    from actors.prompts import load_tokenizer
+    from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
+    from learner.learner_worker import LearnerSpec, LearnerWorker, probe_ids
+    from learner.process_group import Rendezvous
+    from tests.tiny import write_policy
+
+    folder = tmp_path_factory.mktemp("engine")
+    model = write_policy(folder / "model")
+    tokenizer = load_tokenizer(model)
+    spec = LearnerSpec(
+        policy=str(model),
+        reference=str(model),
+        ppo=PPOConfig(advantage="reinforce++", policy=OptimizerConfig(lr=1e-3)),
+        learner=LearnerConfig(),
+        seed=0,
+        num_steps=10,
+        push_dtype="float32",
+        probe_ids=probe_ids(len(tokenizer), set(tokenizer.all_special_ids)),
+    )
+    learner = LearnerWorker(spec, 0)
+    learner.start(Rendezvous(1, file=str(folder / "rendezvous")))
+    layout = learner.prepare_publish(str(folder / "segment"))
+    generator = Generator(
+        GeneratorsConfig(max_model_len=128, max_num_seqs=8, kv_cache_bytes=1 << 25),
+        model=str(model),
+        name="generator-0",
+        probe_bound=1e-4,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    made = Bench(generator, learner, model, loop)
+    made.run(generator.agree_layout(layout))
+    made.push()
+    yield made
+    made.run(generator.close())
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def perturb(bench: Bench, scale: float) -> None:
+    """Change the learner's weights, as an update would."""
+    import torch
+
+    torch.manual_seed(bench.version)
+    with torch.no_grad():
+        for parameter in bench.learner._update.models.policy.parameters():
+            local = parameter.to_local()
+            local.add_(torch.randn_like(local) * scale * local.std().clamp(min=1e-3))
+
+
+def learner_logprobs(bench: Bench, prompt: tuple[int, ...], completion: Any, at: float) -> Any:
+    from learner.learner_worker import Samples
+
+    samples = Samples((np.array(prompt),), (np.array(completion.ids),), at)
+    return bench.learner.policy_logprobs(samples)[0]
+
+
+def test_the_same_seed_gives_the_same_completion_alone_and_in_company(bench: Bench) -> None:
+    alone = bench.generate(request("alone"))[0]
+    company = [request(f"c{i}", seed=i + 10) for i in range(12)]
+    among = bench.generate(*company[:6], request("among"), *company[6:])[6]
+    assert among.ids == alone.ids
+    np.testing.assert_allclose(among.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_logprobs_are_the_learners_at_the_sampling_temperature(bench: Bench) -> None:
+    for temperature in (0.7, 1.0):
+        completion = bench.generate(request(f"t{temperature}", temperature=temperature))[0]
+        expected = learner_logprobs(bench, (40, 41, 42, 43), completion, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_a_push_changes_what_is_sampled_and_the_probe_proves_it(bench: Bench) -> None:
+    before = bench.generate(request("before", temperature=1.0))[0]
+    perturb(bench, 0.5)
+    assert bench.push()["probe_difference"] <= 1e-4
+    after = bench.generate(request("after", temperature=1.0))[0]
+    expected = learner_logprobs(bench, (40, 41, 42, 43), after, 1.0)
+    np.testing.assert_allclose(after.logprobs, expected, atol=1e-4)
+    assert after.spans == ((bench.version, 0),)
+    assert before.spans == ((bench.version - 1, 0),)
+
+
+def test_running_completions_go_on_under_new_weights_and_know_where(bench: Bench) -> None:
+    requests = [request(f"long{i}", max_tokens=100, seed=i) for i in range(8)]
+
+    async def push_in_flight() -> list[Any]:
+        futures = await bench.generator.generate(requests)
+        while (await bench.generator.status())["running"] < 8:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        perturb(bench, 0.01)
+        await bench.generator.receive_weights(bench.publish())
+        return await asyncio.gather(*futures)
+
+    completions = bench.run(push_in_flight())
+    cut = [completion for completion in completions if len(completion.spans) == 2]
+    assert cut, "no completion was cut by the push"
+    for completion in cut:
+        (old, start), (new, middle) = completion.spans
+        assert (old, new, start) == (bench.version - 1, bench.version, 0)
+        assert 0 < middle < len(completion.ids)
+
+
+def test_stop_strings_end_a_completion(bench: Bench) -> None:
+    free = bench.generate(request("free", max_tokens=40))[0]
+    text = free.text
+    if len(text) < 4:
+        pytest.skip("the random model said too little to stop in")
+    stopped = bench.generate(request("stopped", max_tokens=40, stop=(text[2:4],)))[0]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.ids) <= len(free.ids)
+
+
+def test_more_requests_than_seats_are_all_answered(bench: Bench) -> None:
+    completions = bench.generate(*(request(f"many{i}", seed=i, max_tokens=4) for i in range(40)))
+    assert len(completions) == 40
+    assert all(1 <= len(completion.ids) <= 4 for completion in completions)
+
+
+def test_exported_weights_give_the_same_greedy_completion_in_transformers(
+    bench: Bench, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from learner.hf_folder import gather_weights, write_folder
+
+    bench.push()
+    write_folder(gather_weights(bench.learner._update.models.policy), str(bench.model), tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    greedy = bench.generate(request("greedy", temperature=0.0, max_tokens=16))[0]
+    prompt = torch.tensor([[40, 41, 42, 43]])
+    with torch.no_grad():
+        theirs = model.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    assert tuple(theirs[0, 4:].tolist()) == greedy.ids
+
+
+def test_a_flipped_bit_is_refused_and_nothing_is_sampled_after_it(bench: Bench) -> None:
+    """The last test: the generator is dead after it."""
+    from actors.generator import GeneratorFailed
+
+    update = bench.publish()
+    segment = bytearray(Path(update.segment).read_bytes())
+    segment[len(segment) // 3] ^= 0b100
+    Path(update.segment).write_bytes(segment)
+    with pytest.raises(WeightsRejected, match="not those the learner digested"):
+        bench.run(bench.generator.receive_weights(update))
+    with pytest.raises((WeightsRejected, GeneratorFailed)):
+        bench.generate(request("after-rejection"))

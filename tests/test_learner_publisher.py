@@ -1,0 +1,200 @@
+"""What generators receive is, byte for byte, what the learner holds."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.weight_update import WeightUpdate, verify
+from learner.learner_worker import probe_ids
+from tests.learner_cases import (
+    Case,
+    batch_table,
+    case,
+    folders,
+    hf_logprobs,
+    ppo_config,
+    run_ranks,
+    weights_of,
+)
+
+DTYPES = ["float32", "bfloat16"]
+
+
+def cases() -> dict[str, Case]:
+    """Tied with a value head on the trunk, and untied; each in both dtypes, which the learner
+    computes in float32 whatever it publishes."""
+    shared = ppo_config(value_model="shared", epochs=1)
+    llama = folders().llama
+    return {
+        **{f"tied {dtype}": case(shared, push_dtype=dtype) for dtype in DTYPES},
+        "untied bfloat16": Case(llama, llama, ppo_config(advantage="grpo"), push_dtype="bfloat16"),
+    }
+
+
+def published(rank, meeting, one: Case, segment: str | None):
+    """Three versions, a training step before each: (layout, what each update was)."""
+    worker = one.start(rank, meeting)
+    layout = worker.prepare_publish(segment)
+    versions, bytes_at_end = [], {}
+    for version in (1, 2, 3):
+        worker.update(
+            batch_table(seed=version), version, version, os.path.dirname(segment or "/tmp/x")
+        )
+        update = worker.publish(version)
+        data = None
+        if update is not None:
+            data = (
+                np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
+            )
+        versions.append({"update": update, "data": data, "weights": weights_of(worker)})
+    for one_version in versions[1:] if rank == 0 else []:
+        update = one_version["update"]
+        bytes_at_end[update.version] = (
+            np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
+        )
+    files = sorted(Path(segment).parent.glob("weights*")) if segment else []
+    worker.close()
+    left = sorted(Path(segment).parent.glob("weights*")) if segment and rank == 0 else []
+    return {
+        "layout": layout,
+        "versions": versions,
+        "at the end": bytes_at_end,
+        "files": [file.name for file in files],
+        "left": left,
+    }
+
+
+def _at_two_ranks(rank, meeting, given, folder):
+    return {
+        (name, where): published(rank, meeting, one, f"{folder}/weights {name}" if where else None)
+        for name, one in given.items()
+        for where in (True, False)
+    }
+
+
+NAMES = ["tied float32", "tied bfloat16", "untied bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def at_two(tmp_path_factory):
+    return run_ranks(_at_two_ranks, cases(), str(tmp_path_factory.mktemp("segments")))
+
+
+@pytest.fixture(scope="module")
+def at_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segments")
+    return {
+        (name, where): published(0, None, one, f"{folder}/weights {name}" if where else None)
+        for name, one in cases().items()
+        for where in (True, False)
+    }
+
+
+@pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
+def runs(request, at_one, at_two):
+    return at_one if request.param == 1 else at_two[0]
+
+
+def unpacked(layout, data) -> dict[str, torch.Tensor]:
+    return {
+        spec.name: torch.frombuffer(
+            bytearray(data[spec.offset : spec.offset + spec.num_bytes]),
+            dtype=getattr(torch, spec.dtype),
+        ).view(spec.shape)
+        for spec in layout.tensors
+    }
+
+
+@pytest.mark.parametrize("where", [True, False], ids=["shared memory", "in the message"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bytes_are_the_live_weights_cast_and_pass_the_receivers_own_check(runs, name, where):
+    run = runs[name, where]
+    layout = run["layout"]
+    for version in run["versions"]:
+        update: WeightUpdate = version["update"]
+        verify(update, layout, version["data"])
+        found = unpacked(layout, version["data"])
+        policy = {n: w for n, w in version["weights"].items() if n.startswith("policy.lm.")}
+        assert {f"policy.lm.{n}" for n in found} == policy.keys()
+        for tensor_name, tensor in found.items():
+            exact = policy[f"policy.lm.{tensor_name}"].to(getattr(torch, name.split()[1]))
+            assert torch.equal(tensor, exact), tensor_name
+        assert bool(update.payload) != bool(update.segment)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_carry_the_same_bytes_and_each_version_other_ones(runs, name):
+    mapped, sent = runs[name, True], runs[name, False]
+    assert mapped["layout"].id == sent["layout"].id
+    for a, b in zip(mapped["versions"], sent["versions"], strict=True):
+        assert np.array_equal(a["data"], b["data"])
+        assert a["update"].digests == b["update"].digests
+        assert a["update"].probe == b["update"].probe
+    digests = [version["update"].digests for version in mapped["versions"]]
+    assert len(set(digests)) == 3
+    assert [version["update"].version for version in mapped["versions"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", [True, False], ids=["shared memory", "in the message"])
+def test_what_was_published_stays_as_it_was_while_the_next_version_is_made(runs, where):
+    run = runs["tied float32", where]
+    for version in run["versions"][1:]:
+        assert np.array_equal(run["at the end"][version["update"].version], version["data"])
+
+
+def test_two_segments_take_turns_and_none_is_left_behind(runs):
+    run = runs["tied float32", True]
+    segments = [version["update"].segment for version in run["versions"]]
+    assert segments[0] == segments[2] != segments[1]
+    assert sorted(Path(segment).name for segment in set(segments)) == run["files"]
+    assert run["left"] == []
+
+
+def test_names_are_those_of_the_hugging_face_folder(at_one):
+    for name, folder in (("tied float32", "policy"), ("untied bfloat16", "llama")):
+        model = AutoModelForCausalLM.from_pretrained(getattr(folders(), folder))
+        layout = at_one[name, True]["layout"]
+        expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        assert {spec.name: spec.shape for spec in layout.tensors} == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_the_probe_is_what_transformers_answers_from_the_same_weights(runs, name):
+    for version in runs[name, True]["versions"]:
+        folder = folders().llama if name.startswith("untied") else folders().policy
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        weights = version["weights"].items()
+        missing = model.load_state_dict(
+            {n.removeprefix("policy.lm."): w for n, w in weights if n.startswith("policy.lm.")},
+            strict=False,
+        ).missing_keys
+        assert set(missing) <= {"lm_head.weight"}
+        probe = version["update"].probe
+        expected = hf_logprobs(model, probe.ids[:1], probe.ids[1:], 1.0)
+        torch.testing.assert_close(torch.tensor(probe.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_only_rank_zero_speaks_and_the_message_travels(at_two):
+    for key, run in at_two[1].items():
+        assert all(version["update"] is None for version in run["versions"]), key
+        assert run["layout"] == at_two[0][key]["layout"]
+    update = at_two[0]["tied bfloat16", False]["versions"][0]["update"]
+    copied = pickle.loads(pickle.dumps(update))
+    assert copied.digests == update.digests
+    assert np.array_equal(copied.payload[0], update.payload[0])
+
+
+def test_the_probe_is_fixed_and_of_ordinary_tokens():
+    ids = probe_ids(97, {0, 1})
+    assert ids == probe_ids(97, {0, 1})
+    assert len(ids) == 24
+    assert not {0, 1} & set(ids)
+    assert all(type(token) is int and token < 97 for token in ids)
