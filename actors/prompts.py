@@ -26,7 +26,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # tokenizers raises bare Exception on a file it cannot read
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({error}); copy it again") from None
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be read ({error}); copy it again"
+        ) from None
 
 
 def load_prompts(

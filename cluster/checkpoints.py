@@ -66,7 +66,7 @@ def newest_intact(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(_folders(run_dir / "checkpoints")):
         problem = damage(path)
         if problem is None:
-            return Checkpoint(path, int(path.name.removeprefix("step-"))), problems
+            return Checkpoint(path, _step(path)), problems
         problems.append(problem)
     return None, problems
 
@@ -75,17 +75,22 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, in one line, or None."""
     try:
         digests = json.loads((path / MANIFEST).read_text())["files"]
-        missing = sorted(set(digests) - {str(f.relative_to(path)) for f in _files(path)})
+        missing = sorted({DRIVER, *digests} - {str(f.relative_to(path)) for f in _files(path)})
         if missing:
             return f"{path}: {missing[0]} is missing"
-        changed = [name for name, digest in digests.items() if _digest(path / name) != digest]
+        names = [DRIVER, *digests]
+        changed = [name for name in names if _digest(path / name) != digests.get(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: no readable manifest ({type(error).__name__})"
     return f"{path}: {changed[0]} is not as it was written" if changed else None
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    return sorted(p for p in checkpoints.glob("step-*") if p.suffix != ".partial")
+    return sorted(checkpoints.glob("step-*[0-9]"), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -85,7 +85,15 @@ def check_gpus(config: RunConfig, available: float) -> None:
 
 
 # What a checkpoint is of: changed, it would be another run.
-FIXED_ON_RESUME = ("seed", "batch_size", "max_staleness", "policy", "reference", "prompts", "sampling")
+FIXED_ON_RESUME = (
+    "seed",
+    "batch_size",
+    "max_staleness",
+    "policy",
+    "reference",
+    "prompts",
+    "sampling",
+)
 FIXED_IN_PPO = ("advantage", "value_model", "value_init")
 
 

@@ -14,8 +14,8 @@ def export_run(run_dir: Path, out: Path, step: int | None, dtype: str) -> None:
     """Raises BadInput if there is no such intact checkpoint, or `out` holds something already."""
     if dtype not in ("float32", "bfloat16"):
         raise BadInput(f"--dtype: {dtype}; give float32 or bfloat16")
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: is not empty; give a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: is no empty folder; give a new one")
     checkpoint = _checkpoint(run_dir, step)
     source = yaml.safe_load((run_dir / "config.yaml").read_text())["policy"]
     from learner.hf_folder import export_checkpoint

@@ -73,7 +73,9 @@ class Ledger:
         for place, lease in enumerate(left):
             consumed_at = version + 1 + place // self._per_step  # if steps take the oldest first
             if consumed_at - lease.version > self._max_staleness:
-                assert self.outstanding(), "prompts can only be consumed too stale; nothing is awaited"
+                assert self.outstanding(), (
+                    "prompts can only be consumed too stale; nothing is awaited"
+                )
                 return None
         return keys
 

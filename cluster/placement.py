@@ -117,12 +117,16 @@ class RayHost:
     """Ray actors, in one namespace a run, never restarted by Ray: a death is seen at once."""
 
     def __init__(self, address: str | None, namespace: str) -> None:
-        import ray
-
-        self._ray = ray
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            # Read when ray is imported. Without it Ray takes the machine's outer address for its
+            # own, whatever address it is given, and listens on every interface.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        import ray
+
+        self._ray = ray
         common: dict[str, Any] = {
             "namespace": namespace,
             "log_to_driver": False,

@@ -25,6 +25,10 @@ class RunFiles:
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """BadInput if there is a run and neither `resume` nor `overwrite`, or none to resume."""
+        if resume and overwrite:
+            raise BadInput(
+                "--resume goes on with a run, --overwrite deletes it; give one of the two"
+            )
         exists = self._exists()
         if exists and not (resume or overwrite):
             raise BadInput(
@@ -90,7 +94,8 @@ class RunFiles:
     def _keep(self, name: str, wanted: Callable[[int, dict[str, Any]], bool]) -> None:
         path = self.folder / name
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            # A line without an end is one that a kill cut short.
+            lines = [line for line in path.open() if line.endswith("\n")]
             kept = [line for i, line in enumerate(lines) if wanted(i, json.loads(line))]
             self._replace_text(name, "".join(kept))
 

@@ -20,7 +20,7 @@ from cluster.run_warnings import kl_warning
 
 async def train(run: Run) -> None:
     """From run.step to the last step, or to the end of the step in which a stop was asked for."""
-    config = run.config
+    config, saved = run.config, None
     await run.supervisor.resubmit()
     while run.step < config.num_steps and not run.stop.is_set():
         started = time.perf_counter()
@@ -48,5 +48,6 @@ async def train(run: Run) -> None:
             run.warn(warning)
         if last or run.step % config.checkpoint.every == 0:
             await run.checkpoint()
-    if run.stop.is_set() and run.step < config.num_steps:
+            saved = run.step
+    if run.stop.is_set() and run.step not in (saved, config.num_steps):
         await run.checkpoint()

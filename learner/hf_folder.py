@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def export_checkpoint(checkpoint: Path, source: str, out: Path, dtype: str) -> N
         for name, entry in metadata.items()
         if name.startswith(prefix) and hasattr(entry, "size")
     }
-    dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process is what is meant
+        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
     weights = {n.removeprefix(prefix): t.to(getattr(torch, dtype)) for n, t in state.items()}
     from transformers import AutoConfig
 

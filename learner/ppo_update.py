@@ -57,9 +57,9 @@ class PPOUpdate:
     def update(self, batch: TrajectoryBatch, step: int) -> tuple[PPOBatch, Metrics]:
         """Train on one batch; `step` counts from 1. NotFinite leaves the weights of the minibatch
         at hand as they were."""
-        lr = self.policy_optimizer.set_step(step - 1, self._num_steps)
+        rates = {"learner/lr_policy": self.policy_optimizer.set_step(step - 1, self._num_steps)}
         if self.value_optimizer is not None:
-            self.value_optimizer.set_step(step - 1, self._num_steps)
+            rates["learner/lr_value"] = self.value_optimizer.set_step(step - 1, self._num_steps)
         ppo = prepare(batch, self.models, self._config, self._share, self.kl_coef)
         history: list[Metrics] = []
         for indices in self._minibatches(len(batch), step):
@@ -68,7 +68,7 @@ class PPOUpdate:
             if history[-1]["approx_kl"] > (self._config.max_approx_kl or float("inf")):
                 break
         metrics = _step_metrics(ppo, history)
-        metrics |= {"learner/lr_policy": lr, "learner/kl_coef": self.kl_coef}
+        metrics |= rates | {"learner/kl_coef": self.kl_coef}
         self._adapt_kl(metrics["learner/kl_to_ref"], len(batch))
         return ppo, metrics
 

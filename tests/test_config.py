@@ -118,7 +118,9 @@ def test_an_unknown_key_is_told_before_what_is_missing_because_of_it(load: Any) 
 def test_every_misspelt_key_of_a_known_section_is_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    location = data.draw(st.sampled_from([(), ("ppo",), ("ppo", "kl"), ("generators",), ("learner",)]))
+    location = data.draw(
+        st.sampled_from([(), ("ppo",), ("ppo", "kl"), ("generators",), ("learner",)])
+    )
     known = known_keys(RunConfig, location)
     name = data.draw(st.sampled_from(known))
     place = data.draw(st.integers(0, len(name) - 1))
@@ -139,7 +141,8 @@ def test_a_config_and_its_parts_are_frozen(load: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    "key", ["ppo.gamma", "ppo.kl.coef", "ppo.policy.lr", "sampling.temperature", "reward.deadline_s"]
+    "key",
+    ["ppo.gamma", "ppo.kl.coef", "ppo.policy.lr", "sampling.temperature", "reward.deadline_s"],
 )
 def test_no_number_is_nan_or_infinite(load: Any, key: str, value: float) -> None:
     assert key in refusal(load, {key: value})
@@ -215,7 +218,11 @@ def test_the_nearest_batch_size_that_is_proposed_divides(
         ("prompts.shuffle=false", lambda c: c.prompts.shuffle, False),
         ("prompts.limit=null", lambda c: c.prompts.limit, None),
         ('sampling.stop=["\\n", "="]', lambda c: c.sampling.stop, ("\n", "=")),
-        ("ppo.kl={coef: 0.5, where: loss}", lambda c: (c.ppo.kl.coef, c.ppo.kl.where), (0.5, "loss")),
+        (
+            "ppo.kl={coef: 0.5, where: loss}",
+            lambda c: (c.ppo.kl.coef, c.ppo.kl.where),
+            (0.5, "loss"),
+        ),
         ("name=other", lambda c: c.name, "other"),
         ("reference=a=b", lambda c: c.reference, "a=b"),
     ],

@@ -116,7 +116,11 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
         made.append(
             (
                 Generator(
-                    config, model="m", name="generator-0", probe_bound=BOUND, decode=lambda ids: f"{ids}"
+                    config,
+                    model="m",
+                    name="generator-0",
+                    probe_bound=BOUND,
+                    decode=lambda ids: f"{ids}",
                 ),
                 engine,
             )
@@ -160,7 +164,12 @@ async def generated(generator: Generator, *names: str) -> list[Completion]:
 async def every_call(generator: Generator) -> list[Any]:
     """What each way to reach a generator comes to: a result, or the exception."""
     (late,) = await generator.generate(requests("late"))
-    calls = (late, generator.status(), generator.agree_layout(LAYOUT), generator.receive_weights(update()))
+    calls = (
+        late,
+        generator.status(),
+        generator.agree_layout(LAYOUT),
+        generator.receive_weights(update()),
+    )
     return await within(asyncio.gather(*calls, return_exceptions=True))
 
 

@@ -138,9 +138,11 @@ def dangers(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if "ALLOW_INSECURE_SERIALIZATION" in node.value:
                 yield "names VLLM_ALLOW_INSECURE_SERIALIZATION"
-        elif isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "trust_remote_code":
-            if ast.unparse(node.annotation) != "Literal[False]":
-                yield "lets trust_remote_code be true"
+        elif (
+            isinstance(node, ast.AnnAssign)
+            and getattr(node.target, "id", "") == "trust_remote_code"
+        ) and ast.unparse(node.annotation) != "Literal[False]":
+            yield "lets trust_remote_code be true"
 
 
 @by_path

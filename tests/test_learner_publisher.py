@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
@@ -30,23 +29,25 @@ DTYPES = ["float32", "bfloat16"]
 def cases() -> dict[str, Case]:
     """Tied with a value head on the trunk, and untied; each in both dtypes, which the learner
     computes in float32 whatever it publishes."""
-    shared = ppo_config(value_model="shared", epochs=1)
+    short = {"epochs": 1, "minibatches": 1}
+    shared = ppo_config(value_model="shared", **short)
     llama = folders().llama
     return {
         **{f"tied {dtype}": case(shared, push_dtype=dtype) for dtype in DTYPES},
-        "untied bfloat16": Case(llama, llama, ppo_config(advantage="grpo"), push_dtype="bfloat16"),
+        "untied bfloat16": Case(
+            llama, llama, ppo_config(advantage="grpo", **short), push_dtype="bfloat16"
+        ),
     }
 
 
-def published(rank, meeting, one: Case, segment: str | None):
+def published(rank, meeting, one: Case, folder: Path, name: str | None):
     """Three versions, a training step before each: (layout, what each update was)."""
     worker = one.start(rank, meeting)
+    segment = str(folder / f"weights {name}") if name else None
     layout = worker.prepare_publish(segment)
     versions, bytes_at_end = [], {}
     for version in (1, 2, 3):
-        worker.update(
-            batch_table(seed=version), version, version, os.path.dirname(segment or "/tmp/x")
-        )
+        worker.update(batch_table(seed=version), version, version, str(folder))
         update = worker.publish(version)
         data = None
         if update is not None:
@@ -59,9 +60,9 @@ def published(rank, meeting, one: Case, segment: str | None):
         bytes_at_end[update.version] = (
             np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
         )
-    files = sorted(Path(segment).parent.glob("weights*")) if segment else []
+    files = sorted(folder.glob("weights*"))
     worker.close()
-    left = sorted(Path(segment).parent.glob("weights*")) if segment and rank == 0 else []
+    left = sorted(folder.glob("weights*")) if rank == 0 else []
     return {
         "layout": layout,
         "versions": versions,
@@ -73,7 +74,7 @@ def published(rank, meeting, one: Case, segment: str | None):
 
 def _at_two_ranks(rank, meeting, given, folder):
     return {
-        (name, where): published(rank, meeting, one, f"{folder}/weights {name}" if where else None)
+        (name, where): published(rank, meeting, one, folder, name if where else None)
         for name, one in given.items()
         for where in (True, False)
     }
@@ -84,14 +85,14 @@ NAMES = ["tied float32", "tied bfloat16", "untied bfloat16"]
 
 @pytest.fixture(scope="module")
 def at_two(tmp_path_factory):
-    return run_ranks(_at_two_ranks, cases(), str(tmp_path_factory.mktemp("segments")))
+    return run_ranks(_at_two_ranks, cases(), tmp_path_factory.mktemp("segments"))
 
 
 @pytest.fixture(scope="module")
 def at_one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segments")
     return {
-        (name, where): published(0, None, one, f"{folder}/weights {name}" if where else None)
+        (name, where): published(0, None, one, folder, name if where else None)
         for name, one in cases().items()
         for where in (True, False)
     }

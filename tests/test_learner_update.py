@@ -171,6 +171,7 @@ def test_a_whole_step_equals_plain_torch(tmp_path, max_tokens):
     metrics = update(worker, table, tmp_path)
     after, expected = weights_of(worker), plain_step(given, table, [])
     assert metrics["learner/clip_fraction"] > 0.01
+    assert metrics["learner/lr_policy"] == metrics["learner/lr_value"] == 3e-4 / 2
     assert largest_difference(after, before) > 3e-4
     assert largest_difference(after, expected) <= 1e-5
 

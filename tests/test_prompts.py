@@ -75,7 +75,9 @@ def test_messages_go_through_the_chat_template_and_no_token_is_added(
 
 
 def test_messages_without_a_chat_template_are_refused(tmp_path: Path, stranger: Path) -> None:
-    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "x"}]}])
+    path = tiny.write_jsonl(
+        tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]
+    )
     with pytest.raises(ValueError, match="row 0: has messages, but the tokenizer has no chat"):
         load_prompts(PromptsConfig(path=path), load_tokenizer(stranger), ROOMY)
 
@@ -118,7 +120,9 @@ def test_metadata_that_is_no_json_object_names_its_row(load: Any, metadata: Any)
     assert "row 0: metadata" in refusal(load, [{"prompt": "a", "metadata": metadata}])
 
 
-def test_metadata_that_a_checkpoint_could_not_hold_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_metadata_that_a_checkpoint_could_not_hold_is_refused(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     rows = [{"prompt": "a", "metadata": {"day": datetime.date(2026, 1, 1)}}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     with pytest.raises(ValueError, match="row 0: metadata is not JSON"):

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
-from actors.generator import GeneratorFailed, GenerateRequest
+from actors.generator import GenerateRequest, GeneratorFailed
 from actors.rollout_worker import Dropped, Rollouts, RolloutWorker, sample_seed
 from actors.trajectory import Completion
-from reward_service.api import ScoreFailure, ScorerRaised, ScoreRequest, ScoreResponse
+from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse, ScorerRaised
 from tests import tiny
 
 SOON_S, NEVER_S = 0.05, 5.0
@@ -51,7 +51,9 @@ class FakeEngine:
             return
         number = len(name)
         self.futures[name].set_result(
-            Completion((5, 6 + number, 1), (-1.0, -2.0, -0.5), f"of {name}", "stop", ((3, 0), (4, 2)), 0.1)
+            Completion(
+                (5, 6 + number, 1), (-1.0, -2.0, -0.5), f"of {name}", "stop", ((3, 0), (4, 2)), 0.1
+            )
         )
 
     async def close(self) -> None:
@@ -80,9 +82,16 @@ class FakeRewards:
 
 
 def worker(
-    engine: FakeEngine, rewards: Any = None, *, samples: int = 2, together: bool = True, seed: int = 0
+    engine: FakeEngine,
+    rewards: Any = None,
+    *,
+    samples: int = 2,
+    together: bool = True,
+    seed: int = 0,
 ) -> RolloutWorker:
-    sampling = SamplingConfig(max_tokens=8, temperature=0.7, samples_per_prompt=samples, stop=("x",))
+    sampling = SamplingConfig(
+        max_tokens=8, temperature=0.7, samples_per_prompt=samples, stop=("x",)
+    )
     return RolloutWorker(
         engine, rewards or FakeRewards(), sampling, seed=seed, score_together=together
     )
@@ -274,8 +283,12 @@ async def test_samples_for_evaluation_are_neither_scored_nor_taken() -> None:
     rollouts = worker(engine, rewards)
     drawn = await rollouts.sample([tiny.prompt(1), tiny.prompt(0), tiny.prompt(1, epoch=1)], 0.0, 9)
     assert [request.prompt for request, _ in drawn] == ["1+1=", "0+1=", "1+1="]
-    assert [completion.text for _, completion in drawn] == [f"of {r.request_id}" for r in engine.requests]
-    assert len({r.request_id for r in engine.requests}) == len({r.seed for r in engine.requests}) == 3
+    assert [completion.text for _, completion in drawn] == [
+        f"of {r.request_id}" for r in engine.requests
+    ]
+    assert (
+        len({r.request_id for r in engine.requests}) == len({r.seed for r in engine.requests}) == 3
+    )
     assert {r.temperature for r in engine.requests} == {0.0}
     assert rewards.calls == []
     assert await rollouts.take(0.01) == Rollouts()

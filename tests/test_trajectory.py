@@ -71,7 +71,9 @@ def test_what_goes_into_a_table_comes_out_the_same(rows: list[Trajectory]) -> No
 
 
 @given(st.lists(trajectories(), min_size=1, max_size=5), st.data())
-def test_a_slice_of_a_table_holds_the_same_rows(rows: list[Trajectory], data: st.DataObject) -> None:
+def test_a_slice_of_a_table_holds_the_same_rows(
+    rows: list[Trajectory], data: st.DataObject
+) -> None:
     start = data.draw(st.integers(0, len(rows)))
     length = data.draw(st.integers(0, len(rows)))
     table = to_table(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,9 +106,7 @@ def test_a_payload_without_one_bucket_is_refused(layout: WeightLayout, data: np.
 
 
 @pytest.mark.parametrize("keep", [slice(0, -1), slice(0, 0), slice(1, None)])
-def test_a_missing_digest_is_refused(
-    layout: WeightLayout, data: np.ndarray, keep: slice
-) -> None:
+def test_a_missing_digest_is_refused(layout: WeightLayout, data: np.ndarray, keep: slice) -> None:
     update = sent(layout, data)
     with pytest.raises(WeightsRejected, match="digests for 11 buckets"):
         verify(replace(update, digests=update.digests[keep]), layout, data)
@@ -154,7 +153,7 @@ def test_buckets_cover_the_segment_without_gap_or_overlap(
         buckets = layout.buckets
     assert buckets[0][0] == 0
     assert buckets[-1][1] == layout.total_bytes
-    assert all(one[1] == two[0] for one, two in zip(buckets, buckets[1:], strict=False))
+    assert all(one[1] == two[0] for one, two in pairwise(buckets))
     assert all(end - start <= kilobytes * 64 for start, end in buckets)
 
 
@@ -170,7 +169,9 @@ def test_the_id_is_equal_exactly_where_the_layouts_are(
     assert WeightLayout.of(one, dtype_one).id == a.id
 
 
-@pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 24), ("bfloat16", 12), ("float16", 12)])
+@pytest.mark.parametrize(
+    ("dtype", "num_bytes"), [("float32", 24), ("bfloat16", 12), ("float16", 12)]
+)
 def test_a_tensor_takes_its_dtypes_bytes(dtype: str, num_bytes: int) -> None:
     assert TensorSpec("w", (2, 3), dtype, 0).num_bytes == num_bytes
 

@@ -102,6 +102,23 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = STAR
         time.sleep(0.05)
 
 
+def off_loopback(process: subprocess.Popen[str]) -> set[str]:
+    """Sockets of the job that listen where other machines could reach them."""
+    import psutil
+
+    found = set()
+    try:
+        driver = psutil.Process(process.pid)
+        for member in [driver, *driver.children(recursive=True)]:
+            for connection in member.net_connections(kind="inet"):
+                address = connection.laddr.ip.removeprefix("::ffff:") if connection.laddr else ""
+                if connection.status == "LISTEN" and not address.startswith("127."):
+                    found.add(f"{member.name()} on {address}:{connection.laddr.port}")
+    except psutil.Error:  # a process ended while we looked
+        pass
+    return found
+
+
 def kill_everything(process: subprocess.Popen[str]) -> None:
     """kill -9 of the job: the driver, Ray's processes and every actor."""
     import psutil

@@ -1,0 +1,340 @@
+"""Prompts flow out within the bound and come back as batches; a failing generator ends the wait."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from actors.prompts import PromptStream
+from actors.rollout_worker import Dropped, Rollouts
+from actors.trajectory import Prompt, from_table
+from actors.weight_update import Probe, WeightLayout, WeightUpdate
+from cluster import supervisor as supervisor_module
+from cluster.ledger import Ledger
+from cluster.placement import InProcessHost, Member, RoleFailed
+from cluster.supervisor import Supervisor
+from tests import tiny
+
+POLL_S, TIMEOUT_S, LONG_S = 0.01, 0.15, 5.0
+SAMPLES = 2
+LAYOUT = WeightLayout.of([("w", (4,))], "float32")
+UPDATE = WeightUpdate(3, LAYOUT.id, (), Probe((1, 2), (-0.5,)))
+
+
+class FakeWorker:
+    """A rollout worker that finishes what the test lets it: by itself, or by `finish`."""
+
+    def __init__(self, *, by_itself: bool = True) -> None:
+        self.submitted: list[str] = []
+        self.out: dict[str, Prompt] = {}
+        self.ready: list[Rollouts] = []
+        self.failure: Exception | None = None
+        self.silent: set[str] = set()  # methods that never answer
+        self.updates: list[Any] = []
+        self._by_itself = by_itself
+
+    async def submit(self, prompts: list[Prompt]) -> None:
+        for prompt in prompts:
+            self.submitted.append(f"{prompt.prompt_id}/{prompt.epoch}")
+            self.out[prompt.prompt_id] = prompt
+            if self._by_itself:
+                self.finish(prompt.prompt_id)
+
+    def finish(self, *names: str) -> None:
+        rows = []
+        for name in names:
+            epoch = self.out.pop(name).epoch
+            rows += [tiny.trajectory(int(name[1:]), epoch, sample) for sample in range(SAMPLES)]
+        self.ready.append(Rollouts(rows))
+
+    def drop(self, name: str, reason: str) -> None:
+        self.ready.append(Rollouts([], [Dropped(name, self.out.pop(name).epoch, reason)]))
+
+    async def take(self, timeout_s: float) -> Rollouts:
+        await self._maybe_silent("take")
+        if self.failure is not None:
+            raise self.failure
+        if not self.ready:
+            await asyncio.sleep(timeout_s)
+            return Rollouts()
+        return self.ready.pop(0)
+
+    async def status(self) -> dict[str, Any]:
+        await self._maybe_silent("status")
+        return {"busy_s": 0.0, "running": len(self.out)}
+
+    async def agree_layout(self, layout: WeightLayout) -> str:
+        return layout.id
+
+    async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
+        await self._maybe_silent("receive_weights")
+        self.updates.append(update)
+        return {"probe_difference": 0.0}
+
+    async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
+        return [(id(self), prompt.prompt_id) for prompt in prompts]
+
+    async def _maybe_silent(self, method: str) -> None:
+        if method in self.silent:
+            await asyncio.sleep(60)
+
+
+Make = Callable[..., tuple[Supervisor, list[FakeWorker]]]
+
+
+@pytest_asyncio.fixture
+async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
+    """make(n, ...) -> a supervisor with n prompts a step, and its fake workers."""
+    monkeypatch.setattr(supervisor_module, "POLL_S", POLL_S)
+    monkeypatch.setattr(supervisor_module, "PING_TIMEOUT_S", 0.5)
+    made: list[Supervisor] = []
+
+    def maker(
+        n: int = 4,
+        *,
+        workers: int = 2,
+        staleness: int = 0,
+        prompts: int = 20,
+        by_itself: bool = True,
+        on_drop: Callable[[Dropped], None] = lambda dropped: None,
+    ) -> tuple[Supervisor, list[FakeWorker]]:
+        fakes = [FakeWorker(by_itself=by_itself) for _ in range(workers)]
+        made.append(
+            Supervisor(
+                [Member(f"generator-{i}", fake) for i, fake in enumerate(fakes)],
+                InProcessHost(),
+                PromptStream([tiny.prompt(i) for i in range(prompts)], seed=0, shuffle=False),
+                Ledger(prompts_per_step=n, max_staleness=staleness),
+                rollout_timeout_s=TIMEOUT_S,
+                on_drop=on_drop,
+            )
+        )
+        return made[-1], fakes
+
+    yield maker
+    for supervisor in made:
+        await supervisor.close()
+
+
+async def take(supervisor: Supervisor, version: int = 0, stop: asyncio.Event | None = None) -> Any:
+    """The prompt_ids of the batch; None where take gave none. Ends, or the test fails."""
+    batch = await asyncio.wait_for(supervisor.take(version, stop or asyncio.Event()), LONG_S)
+    return None if batch is None else batch["prompt_id"].to_pylist()[::SAMPLES]
+
+
+async def failure_of(supervisor: Supervisor) -> tuple[str, float]:
+    """What take fails with, and after how many seconds."""
+    started = time.monotonic()
+    with pytest.raises(RoleFailed) as failed:
+        await take(supervisor)
+    return str(failed.value), time.monotonic() - started
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+async def test_as_many_prompts_go_out_as_the_bound_allows_and_no_more(
+    make: Make, staleness: int
+) -> None:
+    supervisor, workers = make(3, staleness=staleness)
+    for version in range(3):
+        await supervisor.admit(version)
+        await supervisor.admit(version)
+        assert sum(len(worker.submitted) for worker in workers) == 3 * (version + 1 + staleness)
+        await take(supervisor, version)
+
+
+async def test_each_prompt_goes_to_the_least_busy_the_first_of_equals(make: Make) -> None:
+    supervisor, workers = make(5, workers=2, by_itself=False)
+    await supervisor.admit(0)
+    assert [worker.submitted for worker in workers] == [["p0/0", "p2/0", "p4/0"], ["p1/0", "p3/0"]]
+
+
+async def test_a_synchronous_run_deals_the_same_whatever_the_timing(make: Make) -> None:
+    deals = []
+    for backwards in (False, True):
+        supervisor, workers = make(5, workers=3, by_itself=False)
+        for version in range(4):
+            await supervisor.admit(version)
+            for worker in workers:
+                for name in sorted(worker.out, reverse=backwards):
+                    worker.finish(name)
+            await take(supervisor, version)
+        deals.append([worker.submitted for worker in workers])
+    assert deals[0] == deals[1]
+
+
+async def test_a_batch_is_sorted_by_age_and_sample_and_whole(make: Make) -> None:
+    supervisor, (one, two) = make(4, by_itself=False)
+    await supervisor.admit(0)
+    waiting = asyncio.create_task(supervisor.take(0, asyncio.Event()))
+    for worker, name in ((two, "p3"), (one, "p2"), (two, "p1"), (one, "p0")):
+        await asyncio.sleep(3 * POLL_S)
+        assert not waiting.done()
+        worker.finish(name)
+    batch = await asyncio.wait_for(waiting, LONG_S)
+    assert [t.trajectory_id for t in from_table(batch)] == [
+        f"p{i}-e0-{sample}" for i in range(4) for sample in range(SAMPLES)
+    ]
+    assert len(supervisor.buffer) == 0
+
+
+async def test_above_staleness_zero_the_finished_do_not_wait_for_the_others(make: Make) -> None:
+    supervisor, (one, two) = make(2, staleness=1, by_itself=False)
+    await supervisor.admit(0)
+    two.finish("p1", "p3")
+    assert await take(supervisor, 0) == ["p1", "p3"]
+    await supervisor.admit(1)
+    one.finish("p0")
+    two.finish(*two.out)
+    with pytest.raises(TimeoutError):  # p2 was leased at version 0: this step must have it
+        await asyncio.wait_for(supervisor.take(1, asyncio.Event()), 5 * POLL_S)
+    one.finish("p2")
+    assert await take(supervisor, 1) == ["p0", "p2"]
+
+
+async def test_prompts_outlive_epochs(make: Make) -> None:
+    supervisor, workers = make(2, workers=1, prompts=3)
+    for version in range(3):
+        await supervisor.admit(version)
+        await take(supervisor, version)
+    assert workers[0].submitted == ["p0/0", "p1/0", "p2/0", "p0/1", "p1/1", "p2/1"]
+
+
+async def test_a_generators_failure_ends_take_at_once_and_names_it(make: Make) -> None:
+    supervisor, (_, two) = make(by_itself=False)
+    await supervisor.admit(0)
+    asyncio.get_running_loop().call_later(
+        5 * POLL_S, setattr, two, "failure", RuntimeError("CUDA out of memory")
+    )
+    said, seconds = await failure_of(supervisor)
+    assert said.startswith("generator-1: take: RuntimeError: CUDA out of memory")
+    assert seconds < TIMEOUT_S
+
+
+async def test_a_failure_between_two_takes_ends_the_next_one(make: Make) -> None:
+    supervisor, (one, _) = make(2, by_itself=False)
+    await supervisor.admit(0)
+    asyncio.get_running_loop().call_later(5 * POLL_S, setattr, one, "failure", RuntimeError("gone"))
+    stop = asyncio.Event()
+    asyncio.get_running_loop().call_later(2 * POLL_S, stop.set)
+    assert await take(supervisor, stop=stop) is None
+    await asyncio.sleep(10 * POLL_S)
+    said, _ = await failure_of(supervisor)
+    assert said.startswith("generator-0: take: RuntimeError: gone")
+
+
+async def test_silence_longer_than_its_time_names_the_generator_and_its_prompts(make: Make) -> None:
+    supervisor, (one, _) = make(4, by_itself=False)
+    await supervisor.admit(0)
+    one.finish("p0", "p2")
+    said, seconds = await failure_of(supervisor)
+    assert said == (
+        f"generator-1: no completion for {TIMEOUT_S:g} s; 2 prompts are out there, p1, p3 among them"
+    )
+    assert TIMEOUT_S < seconds < 10 * TIMEOUT_S
+
+
+async def test_a_generator_with_nothing_to_do_may_be_silent(make: Make) -> None:
+    supervisor, (one, two) = make(1, by_itself=False)
+    await supervisor.admit(0)
+    waiting = asyncio.create_task(supervisor.take(0, asyncio.Event()))
+    await asyncio.sleep(TIMEOUT_S / 2)
+    one.finish("p0")
+    await asyncio.wait_for(waiting, LONG_S)
+    await asyncio.sleep(2 * TIMEOUT_S)  # both have nothing to do for longer than the timeout
+    await supervisor.admit(1)
+    one.finish("p1")
+    assert await take(supervisor, 1) == ["p1"]
+    assert two.submitted == []
+
+
+@pytest.mark.parametrize("method", ["take", "status"])
+async def test_a_generator_that_does_not_answer_at_all_is_named(make: Make, method: str) -> None:
+    supervisor, (one, two) = make(by_itself=False)
+    await supervisor.admit(0)
+    one.finish("p0", "p2")
+    two.silent.add(method)
+    said, _ = await failure_of(supervisor)
+    assert said.startswith(f"generator-1: no answer to {method} within")
+
+
+async def test_a_stop_ends_take_with_none_and_loses_nothing(make: Make) -> None:
+    supervisor, (one, two) = make(2, by_itself=False)
+    await supervisor.admit(0)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().call_later(3 * POLL_S, stop.set)
+    assert await take(supervisor, stop=stop) is None
+    one.finish("p0")
+    two.finish("p1")
+    assert await take(supervisor) == ["p0", "p1"]
+
+
+async def test_what_is_ready_is_taken_even_if_a_stop_was_asked_for(make: Make) -> None:
+    supervisor, _ = make(2, staleness=1)
+    await supervisor.admit(0)
+    await take(supervisor)
+    await asyncio.sleep(5 * POLL_S)
+    stop = asyncio.Event()
+    stop.set()
+    assert await take(supervisor, 1, stop) == ["p2", "p3"]
+
+
+async def test_a_dropped_prompt_is_reported_and_replaced_by_the_next(make: Make) -> None:
+    dropped: list[Dropped] = []
+    supervisor, (one, two) = make(2, by_itself=False, on_drop=dropped.append)
+    await supervisor.admit(0)
+    waiting = asyncio.create_task(supervisor.take(0, asyncio.Event()))
+    one.drop("p0", "no score: 503")
+    two.finish("p1")
+    while "p2/0" not in one.submitted + two.submitted:
+        assert not waiting.done()
+        await asyncio.sleep(POLL_S)
+    holder = one if "p2" in one.out else two
+    holder.finish("p2")
+    batch = await asyncio.wait_for(waiting, LONG_S)
+    assert batch["prompt_id"].to_pylist()[::SAMPLES] == ["p1", "p2"]
+    assert dropped == [Dropped("p0", 0, "no score: 503")]
+    assert supervisor.ledger.num_dropped == 1
+
+
+async def test_after_a_resume_what_was_out_goes_out_again_and_nothing_else(make: Make) -> None:
+    first, (_, two) = make(4, staleness=0, by_itself=False)
+    await first.admit(0)
+    two.finish("p1")
+    await asyncio.wait({asyncio.create_task(first.take(0, asyncio.Event()))}, timeout=5 * POLL_S)
+    second, workers = make(4)
+    second.ledger.restore(first.ledger.state())
+    second.stream.cursor = first.stream.cursor
+    second.buffer.add(from_table(first.buffer.take([("p1", 0)])))
+    await second.resubmit()
+    await second.admit(0)
+    assert sorted(name for worker in workers for name in worker.submitted) == [
+        "p0/0",
+        "p2/0",
+        "p3/0",
+    ]
+    assert await take(second) == ["p0", "p1", "p2", "p3"]
+
+
+async def test_weights_are_received_when_every_generator_has_proved_them(make: Make) -> None:
+    supervisor, workers = make()
+    await supervisor.agree_layout(LAYOUT)
+    assert await supervisor.receive_weights(UPDATE) == [{"probe_difference": 0.0}] * 2
+    assert [worker.updates for worker in workers] == [[UPDATE]] * 2
+    workers[1].silent.add("receive_weights")
+    with pytest.raises(RoleFailed, match="generator-1: no answer to receive_weights"):
+        await supervisor.receive_weights(UPDATE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+async def test_samples_are_spread_over_all_generators_and_come_in_the_order_of_the_prompts(
+    make: Make, count: int
+) -> None:
+    supervisor, _ = make(workers=3)
+    drawn = await supervisor.sample([tiny.prompt(i) for i in range(count)], 1.0, 0)
+    assert [name for _, name in drawn] == [f"p{i}" for i in range(count)]
+    assert len({worker for worker, _ in drawn}) == min(count, 3)
