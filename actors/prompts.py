@@ -68,9 +68,10 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
         text = _chat_text(where, row["messages"], tokenizer)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     else:
-        text = row.get("prompt")
-        if not isinstance(text, str) or not text:
+        given = row.get("prompt")
+        if not isinstance(given, str) or not given:
             raise ValueError(f"{where}: the prompt is empty or no text; remove the row")
+        text = given
         ids = tokenizer(text).input_ids
     answer = row.get("answer")
     name = row.get("prompt_id")

@@ -40,9 +40,7 @@ class Engine(Protocol):
 
 
 class Rewards(Protocol):
-    async def score(
-        self, requests: list[ScoreRequest]
-    ) -> list[ScoreResponse | ScoreFailure]: ...
+    async def score(self, requests: list[ScoreRequest]) -> list[ScoreResponse | ScoreFailure]: ...
 
 
 @dataclass(frozen=True)
@@ -197,13 +195,17 @@ class RolloutWorker:
         trajectories = [
             self._trajectory(prompt, number, completion, outcome, seconds)
             for (prompt, number, completion), outcome in zip(samples, scored, strict=True)
-            if isinstance(outcome, ScoreResponse)
-            and (prompt.prompt_id, prompt.epoch) not in failed
+            if isinstance(outcome, ScoreResponse) and (prompt.prompt_id, prompt.epoch) not in failed
         ]
         return Rollouts(trajectories, [Dropped(*key, reason) for key, reason in failed.items()])
 
     def _trajectory(
-        self, prompt: Prompt, number: int, completion: Completion, response: ScoreResponse, score_s: float
+        self,
+        prompt: Prompt,
+        number: int,
+        completion: Completion,
+        response: ScoreResponse,
+        score_s: float,
     ) -> Trajectory:
         return Trajectory(
             trajectory_id=response.trajectory_id,

@@ -117,7 +117,7 @@ class RunConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        samples = self.sampling.samples_per_prompt
+        samples, minibatches = self.sampling.samples_per_prompt, self.ppo.minibatches
         if self.batch_size % samples:
             raise ValueError(
                 f"batch_size: {self.batch_size} is no multiple of sampling.samples_per_prompt {samples}; "
@@ -125,8 +125,8 @@ class RunConfig(StageConfig):
             )
         if self.batch_size % self.ppo.minibatches:
             raise ValueError(
-                f"batch_size: {self.batch_size} is no multiple of ppo.minibatches {self.ppo.minibatches}; "
-                f"nearest: {max(self.ppo.minibatches, self.batch_size // self.ppo.minibatches * self.ppo.minibatches)}"
+                f"batch_size: {self.batch_size} is no multiple of ppo.minibatches {minibatches}; "
+                f"nearest: {max(minibatches, self.batch_size // minibatches * minibatches)}"
             )
         if self.batch_size // self.ppo.minibatches < self.learner.ranks:
             raise ValueError(
@@ -154,7 +154,7 @@ def load_config(path: str | Path, overrides: list[str], kind: type[Stage]) -> St
     path = Path(path)
     if not path.is_file():
         raise BadInput(
-            f"{path}: no such config file; give the path of a YAML file, e.g. examples/support_replies/ppo.yaml"
+            f"{path}: no such config file; give a YAML file, e.g. examples/support_replies/ppo.yaml"
         )
     try:
         tree = yaml.safe_load(path.read_text())

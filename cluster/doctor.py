@@ -167,18 +167,21 @@ def plan_lines(config: RunConfig, inputs: Inputs) -> list[str]:
     per_rank = inputs.num_parameters * (16 * trained + 4) / ranks
     push = inputs.num_parameters * (4 if config.generators.dtype == "float32" else 2)
     free = shutil.disk_usage(existing_parent(config.run_dir)).free
+    epochs = config.num_steps * config.prompts_per_step / len(inputs.prompts)
+    ppo, generators = config.ppo, config.generators
+    staleness = config.max_staleness
+    mode = f"asynchronous, staleness at most {staleness}" if staleness else "synchronous"
     return [
         f"prompts     {len(inputs.prompts)} ({len(inputs.dropped)} too long and dropped), "
-        f"{config.num_steps * config.prompts_per_step / len(inputs.prompts):.2f} epochs in {config.num_steps} steps",
+        f"{epochs:.2f} epochs in {config.num_steps} steps",
         f"step        {config.prompts_per_step} prompts x {config.sampling.samples_per_prompt} = "
-        f"{config.batch_size} trajectories; {config.ppo.epochs} epochs x {config.ppo.minibatches} minibatches of "
-        f"{config.batch_size // config.ppo.minibatches}",
-        f"generators  {count} x vLLM on {config.generators.tensor_parallel_size} {config.device} each, "
-        f"{config.generators.dtype}, {config.generators.max_num_seqs} completions together",
-        f"learner     {ranks} x FSDP on {config.device}, {config.learner.dtype}; weights, gradients and AdamW about "
-        f"{per_rank / 2**20:,.0f} MiB a rank, activations not counted",
-        f"mode        {'synchronous' if config.max_staleness == 0 else f'asynchronous, staleness at most {config.max_staleness}'}; "
-        f"anchor {config.ppo.anchor}; {push / 2**20:,.1f} MiB a weight push",
+        f"{config.batch_size} trajectories; {ppo.epochs} epochs x {ppo.minibatches} minibatches "
+        f"of {config.batch_size // ppo.minibatches}",
+        f"generators  {count} x vLLM on {generators.tensor_parallel_size} {config.device} each, "
+        f"{generators.dtype}, {generators.max_num_seqs} completions together",
+        f"learner     {ranks} x FSDP on {config.device}, {config.learner.dtype}; weights, gradients "
+        f"and AdamW about {per_rank / 2**20:,.0f} MiB a rank, activations not counted",
+        f"mode        {mode}; anchor {ppo.anchor}; {push / 2**20:,.1f} MiB a weight push",
         f"disk        {free / 2**30:,.0f} GiB free for {config.run_dir}; a checkpoint takes about "
         f"{inputs.num_parameters * 14 * trained / 2**20:,.0f} MiB, {config.checkpoint.keep} are kept",
         f"machine     {os.cpu_count()} cores, {_memory() / 2**30:,.0f} GiB",

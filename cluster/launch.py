@@ -43,13 +43,14 @@ from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member, RayHost
-from cluster.roles import LearnerRole, RewardRole, RolloutRole, RolloutSpec
+from cluster.roles import LearnerRole, RewardRole, RolloutRole
 from cluster.run import Run
 from cluster.run_files import RunFiles
+from cluster.specs import learner_spec, rollout_spec
 from cluster.summary import finish
 from cluster.supervisor import Supervisor
 from cluster.train import train
-from learner.learner_worker import LEARNER_ENV, LearnerSpec, probe_ids
+from learner.learner_worker import LEARNER_ENV
 from reward_service.config import RewardServiceConfig
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -145,14 +146,14 @@ def _wire(
         deploy(
             f"generator-{index}",
             RolloutRole,
-            _rollout_spec(config, f"generator-{index}", logs),
+            rollout_spec(config, f"generator-{index}", logs),
             rewards.handle,
             env=ENGINE_ENV,
             gpus=config.generators.tensor_parallel_size,
         )
         for index in range(config.generators.count)
     ]
-    spec = _learner_spec(config, inputs)
+    spec = learner_spec(config, inputs)
     ranks = [
         deploy(
             f"learner-{rank}",
@@ -230,40 +231,6 @@ async def _bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None
     await run.self_check()
     if checkpoint is None:
         await run.evaluate()
-
-
-def _rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
-    return RolloutSpec(
-        name=name,
-        model=str(Path(config.policy).resolve()),
-        generators=config.generators,
-        sampling=config.sampling,
-        reward=config.reward,
-        probe_bound=config.self_check.probe,
-        seed=config.seed,
-        score_together=config.max_staleness == 0,
-        log_file=logs / f"{name}.log",
-    )
-
-
-def _learner_spec(config: RunConfig, inputs: Inputs) -> LearnerSpec:
-    policy = str(Path(config.policy).resolve())
-    init, ptx = config.ppo.value_init, config.ppo.ptx
-    paths = {
-        "value_init": str(Path(init).resolve()) if init else None,
-        "ptx": ptx.model_copy(update={"path": str(Path(ptx.path).resolve())}) if ptx else None,
-    }
-    ppo = config.ppo.model_copy(update=paths)
-    return LearnerSpec(
-        policy=policy,
-        reference=str(Path(config.reference).resolve()) if config.reference else policy,
-        ppo=ppo,
-        learner=config.learner,
-        seed=config.seed,
-        num_steps=config.num_steps,
-        push_dtype=config.generators.dtype,
-        probe_ids=probe_ids(inputs.vocabulary_size, set(inputs.tokenizer.all_special_ids)),
-    )
 
 
 def _ask_to_stop(run: Run, received: signal.Signals) -> None:

@@ -91,7 +91,9 @@ class LiveView:
         self._name, self._num_steps, self._clock = name, num_steps, clock
         self._console = console or Console(file=sys.stdout, highlight=False)
         self._live: Live | None = None
-        self._stage, self._roles, self._metrics = "starting", {}, {}
+        self._stage = "starting"
+        self._roles: dict[str, str] = {}
+        self._metrics: dict[str, Any] = {}
         self._done = 0
         self._started = clock()
         self._ends: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS + 1)

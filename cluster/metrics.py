@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -93,7 +93,7 @@ METRICS: dict[str, Metric] = {
 
 FAMILIES: dict[str, Metric] = {"reward/part/": Metric("mean", "mean of one part of the score")}
 
-_REDUCE = {
+_REDUCE: dict[str, Callable[[list[float]], float]] = {
     "mean": lambda values: math.fsum(values) / len(values),
     "sum": sum,
     "max": max,

@@ -75,7 +75,7 @@ def thin(points: Sequence[Point]) -> list[Point]:
 
 def smooth(points: Sequence[Point], reach: int = 4) -> list[Point]:
     """The mean of each point and its neighbours, as many on each side: a trend is not delayed."""
-    smoothed = []
+    smoothed: list[Point] = []
     for i, (x, *_) in enumerate(points):
         side = min(reach, i, len(points) - 1 - i)
         near = [y for _, y, *_ in points[i - side : i + side + 1]]

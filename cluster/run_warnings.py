@@ -23,7 +23,7 @@ def kl_warning(history: Sequence[dict[str, float]], config: WarnConfig) -> str |
     if not (crossed and rising):
         return None
     return (
-        f"the score rises ({scores[-1]:+.2f}) while the KL to the reference is {kl[-1]:.1f} nats a completion, "
-        f"beyond {config.kl_to_ref:g}: the policy may be exploiting the reward; raise ppo.kl.coef or stop "
-        "earlier, and trust the held-out evaluation, not the score"
+        f"the score rises ({scores[-1]:+.2f}) while the KL to the reference is {kl[-1]:.1f} nats a "
+        f"completion, beyond {config.kl_to_ref:g}: the policy may be exploiting the reward; raise "
+        "ppo.kl.coef or stop earlier, and trust the held-out evaluation, not the score"
     )

@@ -79,7 +79,10 @@ def _evaluation_events(run: Run) -> list[dict[str, Any]]:
 
 
 def _samples(before: pa.Table, after: pa.Table, count: int) -> list[dict[str, Any]]:
-    rows = zip(before.slice(0, count).to_pylist(), after.slice(0, count).to_pylist(), strict=True)
+    """Held-out prompts whose completion changed, spread evenly over the file; not picked by score."""
+    rows = zip(before.to_pylist(), after.to_pylist(), strict=True)
+    changed = [pair for pair in rows if pair[0]["completion"] != pair[1]["completion"]]
+    stride = max(1, len(changed) // count)
     return [
         {
             "prompt": old["prompt"],
@@ -88,7 +91,7 @@ def _samples(before: pa.Table, after: pa.Table, count: int) -> list[dict[str, An
             "judge_before": old["judge_score"],
             "judge_after": new["judge_score"],
         }
-        for old, new in rows
+        for old, new in changed[::stride][:count]
     ]
 
 
@@ -109,8 +112,12 @@ def comparison_lines(summary: dict[str, Any]) -> list[str]:
     for sample in summary["samples"]:
         lines += [
             "",
-            f"  prompt  {' '.join(sample['prompt'].split())}",
-            f"  before  {sample['before'].strip()}   [judge {sample['judge_before']:g}]",
-            f"  after   {sample['after'].strip()}   [judge {sample['judge_after']:g}]",
+            f"  prompt  {_one_line(sample['prompt'])}",
+            f"  before  {_one_line(sample['before'])}   [judge {sample['judge_before']:g}]",
+            f"  after   {_one_line(sample['after'])}   [judge {sample['judge_after']:g}]",
         ]
     return [*lines, ""]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

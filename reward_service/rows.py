@@ -14,7 +14,9 @@ def read_rows(
     an unknown ending, no rows, or rows without `columns` or without at least one of `any_of`."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; check the path in the config, or make the data first")
+        raise ValueError(
+            f"{path}: no such file; check the path in the config, or make the data first"
+        )
     if path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix in (".jsonl", ".json"):
@@ -25,10 +27,14 @@ def read_rows(
         raise ValueError(f"{path}: has no rows; give a file with data")
     for name in columns:
         if name not in rows[0]:
-            raise ValueError(f"{path}: no column {name!r} (it has {', '.join(rows[0])}); add or rename it")
+            raise ValueError(
+                f"{path}: no column {name!r} (it has {', '.join(rows[0])}); add or rename it"
+            )
     if any_of and not any(name in rows[0] for name in any_of):
         wanted = " or ".join(repr(name) for name in any_of)
-        raise ValueError(f"{path}: no column {wanted} (it has {', '.join(rows[0])}); add or rename one")
+        raise ValueError(
+            f"{path}: no column {wanted} (it has {', '.join(rows[0])}); add or rename one"
+        )
     return rows
 
 
@@ -50,8 +56,12 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error.msg}); fix the line") from None
+            raise ValueError(
+                f"{path}: line {number} is not JSON ({error.msg}); fix the line"
+            ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number} is not an object; write one JSON object a line")
+            raise ValueError(
+                f"{path}: line {number} is not an object; write one JSON object a line"
+            )
         rows.append(row)
     return rows

@@ -40,6 +40,8 @@ class FakeEngine:
     calls: list[str] = field(default_factory=list)
     at_push: list[str] = field(default_factory=list)  # what ran when weights came
     failing: dict[str, Exception] = field(default_factory=dict)
+    fails_in_step: int | None = None
+    num_steps: int = 0
     may_step: threading.Event = field(default_factory=threading.Event)
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
@@ -67,6 +69,9 @@ class FakeEngine:
     def step(self) -> list[Any]:
         self.may_step.wait(LONG_S)
         self._maybe_fail("step")
+        self.num_steps += 1
+        if self.num_steps == self.fails_in_step:
+            raise RuntimeError("gone")
         for name in self.running:
             self.running[name] -= 1
         done = [name for name, left in self.running.items() if left <= 0]
@@ -291,13 +296,13 @@ async def test_an_engine_that_fails_in_a_step_fails_all_waiters_and_all_who_come
 async def test_an_engine_that_fails_under_a_push_fails_the_push(
     make: Make, weight_update: str
 ) -> None:
-    generator, engine = make(weight_update, steps=5, probe_steps=5)
+    generator, engine = make(weight_update, steps=90, probe_steps=90, fails_in_step=20)
     (future,) = await held_still(generator, engine, "a")
     push = asyncio.create_task(generator.receive_weights(update()))
     await asyncio.sleep(0)
-    engine.failing["step"] = RuntimeError("gone")
     engine.may_step.set()
     answers = await within(asyncio.gather(push, future, return_exceptions=True))
+    assert (PROBE_ID in engine.added) == (weight_update == "in_flight")
     assert [type(answer) for answer in answers] == [GeneratorFailed] * 2
 
 

@@ -62,9 +62,7 @@ class Workshop:
                 "max_num_seqs": 8,
                 "kv_cache_bytes": 1 << 25,
             },
-            "reward": {
-                "scorer": {"kind": "reward_model", "path": str(self.runs / "reward/model")}
-            },
+            "reward": {"scorer": {"kind": "reward_model", "path": str(self.runs / "reward/model")}},
             "learner": {"ranks": 2, "timeout_s": 120},
             "ppo": {"policy": {"lr": 1e-3}, "value": {"lr": 1e-3}},
             "evaluation": {
@@ -95,7 +93,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"

@@ -190,7 +190,9 @@ def test_exported_weights_give_the_same_greedy_completion_in_transformers(
     from learner.hf_folder import gather_weights, write_folder
 
     bench.push()
-    write_folder(gather_weights(bench.learner._update.models.policy), str(bench.model), tmp_path / "m")
+    write_folder(
+        gather_weights(bench.learner._update.models.policy), str(bench.model), tmp_path / "m"
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     greedy = bench.generate(request("greedy", temperature=0.0, max_tokens=16))[0]
     prompt = torch.tensor([[40, 41, 42, 43]])

@@ -84,7 +84,9 @@ def test_every_sample_is_on_disk_with_every_column(workshop: Workshop, straight:
         assert set(TRAJECTORY_SCHEMA.names) < set(table.column_names)
         assert set(table["step"].to_pylist()) == {number}
         assert table.schema.metadata[b"schema_version"] == b"1"
-        for old, ids in zip(table["old_logprobs"].to_pylist(), table["completion_ids"], strict=True):
+        for old, ids in zip(
+            table["old_logprobs"].to_pylist(), table["completion_ids"], strict=True
+        ):
             assert len(old) == len(ids)
 
 

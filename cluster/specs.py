@@ -1,0 +1,44 @@
+"""RunConfig -> what each role is told: its own part, paths made absolute, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.config import RunConfig
+from cluster.doctor import Inputs
+from cluster.roles import RolloutSpec
+from learner.learner_worker import LearnerSpec, probe_ids
+
+
+def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
+    return RolloutSpec(
+        name=name,
+        model=str(Path(config.policy).resolve()),
+        generators=config.generators,
+        sampling=config.sampling,
+        reward=config.reward,
+        probe_bound=config.self_check.probe,
+        seed=config.seed,
+        score_together=config.max_staleness == 0,
+        log_file=logs / f"{name}.log",
+    )
+
+
+def learner_spec(config: RunConfig, inputs: Inputs) -> LearnerSpec:
+    policy = str(Path(config.policy).resolve())
+    init, ptx = config.ppo.value_init, config.ppo.ptx
+    paths = {
+        "value_init": str(Path(init).resolve()) if init else None,
+        "ptx": ptx.model_copy(update={"path": str(Path(ptx.path).resolve())}) if ptx else None,
+    }
+    ppo = config.ppo.model_copy(update=paths)
+    return LearnerSpec(
+        policy=policy,
+        reference=str(Path(config.reference).resolve()) if config.reference else policy,
+        ppo=ppo,
+        learner=config.learner,
+        seed=config.seed,
+        num_steps=config.num_steps,
+        push_dtype=config.generators.dtype,
+        probe_ids=probe_ids(inputs.vocabulary_size, set(inputs.tokenizer.all_special_ids)),
+    )
