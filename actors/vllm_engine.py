@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from typing import Any
 
 from actors.config import GeneratorsConfig
+from reward_service.fast_import import fast_import
 
 # The environment of a process that runs an engine. Must be set before torch is imported.
 ENGINE_ENV = {
@@ -27,16 +27,14 @@ ENGINE_ENV = {
 
 
 def import_vllm() -> None:
-    """Import the engine, with garbage collection off: it would walk a huge heap again and again."""
-    gc.disable()
+    """Import the engine, and on CPU what vLLM would only import when it makes one."""
     logging.getLogger("vllm").addHandler(logging.NullHandler())
-    import vllm.v1.engine.llm_engine
-    from vllm.platforms import current_platform
+    with fast_import():
+        import vllm.v1.engine.llm_engine
+        from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        import vllm.v1.worker.cpu_worker  # noqa: F401 (imported late by vLLM otherwise)
-    gc.freeze()
-    gc.enable()
+        if current_platform.is_cpu():
+            import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
 def make_engine(config: GeneratorsConfig, model: str) -> Any:

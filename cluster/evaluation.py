@@ -21,7 +21,7 @@ from cluster.config import EvaluationConfig
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Member, RoleFailed, ask
 from cluster.supervisor import Supervisor
-from learner.learner_worker import Samples
+from learner.learner_spec import Samples
 from reward_service.api import ScoreFailure, ScoreRequest
 
 SCORE_TIMEOUT_S = 600.0

@@ -50,7 +50,7 @@ from cluster.specs import learner_spec, rollout_spec
 from cluster.summary import finish
 from cluster.supervisor import Supervisor
 from cluster.train import train
-from learner.learner_worker import LEARNER_ENV
+from learner.learner_spec import LEARNER_ENV
 from reward_service.config import RewardServiceConfig
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -14,7 +14,7 @@ import pyarrow as pa
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.metrics import reduce_ranks
 from cluster.placement import Host, Member, ask
-from learner.process_group import Rendezvous
+from learner.learner_spec import Rendezvous
 
 
 class LearnerGroup:

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from actors.config import GeneratorsConfig, SamplingConfig
 from actors.rollout_worker import RolloutWorker
-from learner.learner_worker import LearnerSpec, LearnerWorker
+from actors.weight_update import WeightLayout, WeightUpdate
+from learner.learner_spec import LearnerSpec, Rendezvous, Samples
 from reward_service.api import ScoreRequest
 from reward_service.client import RewardClient
 from reward_service.config import RewardServiceConfig
+from reward_service.fast_import import fast_import
 from reward_service.service import RewardService
 
 
@@ -64,15 +69,48 @@ class RolloutRole(RolloutWorker):
         )
 
 
-class LearnerRole(LearnerWorker):
-    """One rank of the learner."""
+class LearnerRole:
+    """One rank of the learner. The driver sees this class only, so it needs no torch."""
 
     def __init__(self, spec: LearnerSpec, rank: int, log_file: Path) -> None:
         settle_in(log_file)
-        super().__init__(spec, rank)
+        with fast_import():
+            from learner.learner_worker import LearnerWorker
+        self._name = f"Learner(rank {rank} of {spec.learner.ranks})"
+        self._worker = LearnerWorker(spec, rank)
 
     def __repr__(self) -> str:
-        return f"Learner(rank {self._rank} of {self._spec.learner.ranks})"
+        return self._name
+
+    def address(self) -> tuple[str, int]:
+        return self._worker.address()
+
+    def start(self, rendezvous: Rendezvous) -> dict[str, Any]:
+        return self._worker.start(rendezvous)
+
+    def prepare_publish(self, segment: str | None) -> WeightLayout:
+        return self._worker.prepare_publish(segment)
+
+    def publish(self, version: int) -> WeightUpdate | None:
+        return self._worker.publish(version)
+
+    def update(self, table: pa.Table, step: int, version: int, folder: str) -> dict[str, float]:
+        return self._worker.update(table, step, version, folder)
+
+    def policy_logprobs(self, samples: Samples) -> list[np.ndarray]:
+        return self._worker.policy_logprobs(samples)
+
+    def reference_logprobs(self, samples: Samples) -> list[np.ndarray]:
+        return self._worker.reference_logprobs(samples)
+
+    def save(self, folder: str) -> None:
+        self._worker.save(folder)
+
+    def load(self, folder: str) -> None:
+        self._worker.load(folder)
+
+    def close(self) -> None:
+        self._worker.close()
 
 
 class RewardRole(RewardService):
@@ -83,7 +121,8 @@ class RewardRole(RewardService):
     ) -> None:
         settle_in(log_file)
         self._name = name
-        super().__init__(config, merge_calls=merge_calls)
+        with fast_import():
+            super().__init__(config, merge_calls=merge_calls)
 
     def __repr__(self) -> str:
         return f"RewardService({self._name})"

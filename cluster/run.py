@@ -22,7 +22,7 @@ from cluster.metrics import MetricsWriter
 from cluster.placement import Host, Member, RoleFailed
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
-from learner.learner_worker import Samples
+from learner.learner_spec import Samples
 from learner.trajectory_buffer import TrajectoryBuffer
 
 SELF_CHECK_PROMPTS = 16

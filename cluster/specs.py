@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.config import RunConfig
 from cluster.doctor import Inputs
 from cluster.roles import RolloutSpec
-from learner.learner_worker import LearnerSpec, probe_ids
+from learner.learner_spec import LearnerSpec, probe_ids
 
 
 def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:

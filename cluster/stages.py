@@ -17,7 +17,7 @@ from cluster.placement import InProcessHost, RayHost, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.summary import versions
-from learner.supervised import load_supervised
+from reward_service.fast_import import fast_import
 from reward_service.rows import read_rows
 
 
@@ -25,6 +25,8 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     """Train, write runs/<name>/model, report. Returns the model's folder."""
     files = RunFiles(config)
     files.check(resume=False, overwrite=overwrite)
+    with fast_import():
+        from learner.supervised import load_supervised
     try:
         model_config(config.model, "model")
         load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)
@@ -37,7 +39,7 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
 
 
 async def _sft(config: SFTRunConfig, files: RunFiles, in_process: bool) -> Path:
-    from learner.learner_worker import LEARNER_ENV
+    from learner.learner_spec import LEARNER_ENV
     from learner.sft import SFTSpec, SFTWorker
 
     started = time.time()
@@ -88,7 +90,8 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
         raise BadInput(str(error)) from None
     files.create(overwrite=overwrite)
     started, out = time.time(), files.folder / "model"
-    from reward_service.reward_training import train
+    with fast_import():
+        from reward_service.reward_training import train
 
     with _Progress(config, files) as progress:
 

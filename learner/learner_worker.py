@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import resource
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +20,14 @@ from torch import Tensor
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner import checkpoint
 from learner.batch import TrajectoryBatch
-from learner.config import LearnerConfig, PPOConfig
+from learner.learner_spec import LearnerSpec, Rendezvous, Samples
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
-from learner.process_group import Rendezvous, free_address, join
+from learner.process_group import free_address, join
 from learner.supervised import SupervisedRows, load_supervised
 from learner.sweep import Models, Share, sweep
 from learner.weight_publisher import WeightPublisher
-
-# The environment of a learner process. Must be set before torch is imported.
-LEARNER_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-}
-
-
-@dataclass(frozen=True)
-class LearnerSpec:
-    """What one rank is told; nothing of the config that is not its own."""
-
-    policy: str
-    reference: str
-    ppo: PPOConfig
-    learner: LearnerConfig
-    seed: int
-    num_steps: int
-    push_dtype: str
-    probe_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Completions whose logprobs are asked for; nothing is trained on them."""
-
-    prompt_ids: tuple[np.ndarray, ...]
-    completion_ids: tuple[np.ndarray, ...]
-    temperature: float
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
 
 class LearnerWorker:
@@ -184,13 +146,6 @@ class LearnerWorker:
         tokenizer = load_tokenizer(self._spec.policy)
         rows = load_supervised(ptx.path, tokenizer, self._spec.learner.max_tokens_per_microbatch)
         return SupervisedRows(rows, batch_size=ptx.batch_size, seed=self._spec.seed).batch
-
-
-def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 24) -> tuple[int, ...]:
-    """A fixed sequence of ordinary tokens, spread over the vocabulary."""
-    candidates = [i for i in range(vocabulary_size) if i not in special_ids]
-    chosen = np.random.default_rng(0).choice(candidates, length)
-    return tuple(int(i) for i in chosen)
 
 
 def _count(model: torch.nn.Module) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -12,22 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where ranks meet. On one machine that is a file, so that nothing listens; otherwise TCP."""
-
-    world_size: int
-    file: str = ""
-    host: str = ""
-    port: int = 0
-
-    def store(self, rank: int, timeout: timedelta) -> dist.Store:
-        if self.file:
-            return dist.FileStore(self.file, self.world_size)
-        return dist.TCPStore(
-            self.host, self.port, self.world_size, is_master=rank == 0, timeout=timeout
-        )
+from learner.learner_spec import Rendezvous
 
 
 def free_address() -> tuple[str, int]:
@@ -48,13 +32,21 @@ def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> DeviceMesh:
     if not dist.is_initialized():  # in one process vLLM may have made the group of one
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=rendezvous.store(rank, timeout),
+            store=_store(rendezvous, rank, timeout),
             rank=rank,
             world_size=rendezvous.world_size,
             timeout=timeout,
         )
     mesh_device = "cuda" if cuda else "cpu"
     return init_device_mesh(mesh_device, (rendezvous.world_size,), mesh_dim_names=("fsdp",))
+
+
+def _store(rendezvous: Rendezvous, rank: int, timeout: timedelta) -> dist.Store:
+    world_size = rendezvous.world_size
+    if rendezvous.file:
+        return dist.FileStore(rendezvous.file, world_size)
+    address = (rendezvous.host, rendezvous.port)
+    return dist.TCPStore(*address, world_size, is_master=rank == 0, timeout=timeout)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, SFTConfig
 from learner.hf_folder import gather_weights, write_folder
+from learner.learner_spec import Rendezvous
 from learner.optimizer import NotFinite, Optimizer
 from learner.policy import load_policy
-from learner.process_group import Rendezvous, free_address, join, sum_over_ranks
+from learner.process_group import free_address, join, sum_over_ranks
 from learner.supervised import SupervisedRows, load_supervised, supervised_loss
 from learner.sweep import Share
 

@@ -31,8 +31,9 @@ from transformers import (
 
 from actors.trajectory import Trajectory, to_table, trajectory_id
 from learner.config import KLConfig, LearnerConfig, OptimizerConfig, PPOConfig
-from learner.learner_worker import LearnerSpec, LearnerWorker, Samples
-from learner.process_group import Rendezvous, join
+from learner.learner_spec import LearnerSpec, Rendezvous, Samples
+from learner.learner_worker import LearnerWorker
+from learner.process_group import join
 
 PAD, EOS = 0, 1
 CHARACTERS = [chr(code) for code in range(32, 127)]

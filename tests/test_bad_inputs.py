@@ -340,7 +340,7 @@ def test_more_gpus_than_there_are_is_bad_input_and_leaves_no_folder(
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (None, ("no such config file", "give the path")),
+        (None, ("no such config file", "give")),
         ("a: [1", ("not YAML", "fix the file")),
         ("just words", ("not a mapping", "see examples/")),
         ("", ("not a mapping",)),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.weight_update import WeightUpdate, verify
-from learner.learner_worker import probe_ids
+from learner.learner_spec import probe_ids
 from tests.learner_cases import (
     Case,
     batch_table,

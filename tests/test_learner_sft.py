@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, OptimizerConfig, SFTConfig
-from learner.process_group import Rendezvous
+from learner.learner_spec import Rendezvous
 from learner.sft import SFTSpec, SFTWorker
 from learner.supervised import SupervisedBatch, SupervisedRows, load_supervised
 from tests.learner_cases import EOS, folders, hf_logprobs, mesh, run_ranks, write_tokenizer

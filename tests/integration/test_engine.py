@@ -63,8 +63,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     from actors.generator import Generator
     from actors.prompts import load_tokenizer
     from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
-    from learner.learner_worker import LearnerSpec, LearnerWorker, probe_ids
-    from learner.process_group import Rendezvous
+    from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
+    from learner.learner_worker import LearnerWorker
     from tests.tiny import write_policy
 
     folder = tmp_path_factory.mktemp("engine")
@@ -112,7 +112,7 @@ def perturb(bench: Bench, scale: float) -> None:
 
 
 def learner_logprobs(bench: Bench, prompt: tuple[int, ...], completion: Any, at: float) -> Any:
-    from learner.learner_worker import Samples
+    from learner.learner_spec import Samples
 
     samples = Samples((np.array(prompt),), (np.array(completion.ids),), at)
     return bench.learner.policy_logprobs(samples)[0]

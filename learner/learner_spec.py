@@ -1,0 +1,63 @@
+"""What the driver and the ranks of a learner tell each other. Imports no torch: the driver needs none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from learner.config import LearnerConfig, PPOConfig
+
+# The environment of a learner process. Must be set before torch is imported.
+LEARNER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where ranks meet. On one machine that is a file, so that nothing listens; otherwise TCP."""
+
+    world_size: int
+    file: str = ""
+    host: str = ""
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What one rank is told; nothing of the config that is not its own."""
+
+    policy: str
+    reference: str
+    ppo: PPOConfig
+    learner: LearnerConfig
+    seed: int
+    num_steps: int
+    push_dtype: str
+    probe_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions whose logprobs are asked for; nothing is trained on them."""
+
+    prompt_ids: tuple[np.ndarray, ...]
+    completion_ids: tuple[np.ndarray, ...]
+    temperature: float
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 24) -> tuple[int, ...]:
+    """A fixed sequence of ordinary tokens, spread over the vocabulary."""
+    candidates = [i for i in range(vocabulary_size) if i not in special_ids]
+    chosen = np.random.default_rng(0).choice(candidates, length)
+    return tuple(int(i) for i in chosen)
