@@ -8,7 +8,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 0
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup quickstart arithmetic test lint format bench clean
+.PHONY: help setup quickstart arithmetic test lint format clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 

@@ -15,7 +15,6 @@ ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TORCHDYNAMO_DISABLE": "1",  # compiles one tiny function, for seconds, on the first logprob
     "OMP_NUM_THREADS": "1",  # two small engines beat one with two threads
     "OMP_WAIT_POLICY": "PASSIVE",
     "MKL_NUM_THREADS": "1",
@@ -23,6 +22,9 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
+}
+CPU_ENGINE_ENV = ENGINE_ENV | {
+    "TORCHDYNAMO_DISABLE": "1",  # compiles one tiny function, for seconds, on the first logprob
 }
 
 

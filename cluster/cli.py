@@ -179,16 +179,17 @@ def _run_dir(run: str, runs_dir: str) -> Path:
 
 def _one_process(config: Any) -> None:
     """The environment of engine and learner, set before torch is imported."""
-    from actors.vllm_engine import ENGINE_ENV
+    from actors.vllm_engine import CPU_ENGINE_ENV, ENGINE_ENV
 
-    if config.device == "cpu":
-        os.environ.update(ENGINE_ENV)
+    cuda = config.device == "cuda"
+    os.environ.update(ENGINE_ENV if cuda else {**CPU_ENGINE_ENV, "CUDA_VISIBLE_DEVICES": ""})
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; failures become one line and an exit code."""
     sys.path.insert(0, os.getcwd())  # the user's own modules, e.g. reward functions
-    if home := os.environ.get("RAYLIGN_HOME"):  # a job's code is elsewhere than its data and runs
+    home = os.environ.get("RAYLIGN_HOME", "")  # a job's code is elsewhere than its data and runs
+    if os.path.isdir(home):
         os.chdir(home)
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(_guarded(lambda: app(words, prog_name=PROGRAM, standalone_mode=False)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +71,27 @@ def check_inputs(config: RunConfig) -> Inputs:
     )
 
 
-def check_gpus(config: RunConfig, available: float) -> None:
-    """BadInput if the roles ask for more GPUs than the cluster has."""
-    if config.device == "cpu":
-        return
-    generators = config.generators.count * config.generators.tensor_parallel_size
-    wanted = generators + config.learner.ranks + config.reward.num_gpus
-    if wanted > available:
+def check_gpus(wanted: Mapping[str, float], available: Callable[[], float]) -> None:
+    """BadInput if the roles, by the keys that say how many, ask for more GPUs than there are."""
+    total = sum(wanted.values())
+    if total and total > (found := available()):
+        parts = ", ".join(f"{number:g} for {key}" for key, number in wanted.items())
         raise BadInput(
-            f"device: cuda needs {wanted:g} GPUs ({generators} for generators, {config.learner.ranks} for "
-            f"learner.ranks, {config.reward.num_gpus:g} for reward), the cluster has {available:g}; "
-            "lower the counts or add nodes"
+            f"device: cuda needs {total:g} GPUs ({parts}), the cluster has {found:g}; lower the "
+            "counts or add nodes"
         )
+
+
+def gpus_of(config: RunConfig) -> dict[str, float]:
+    """How many GPUs the roles of a run take, by the key that says so."""
+    if config.device == "cpu":
+        return {}
+    generators = config.generators.count * config.generators.tensor_parallel_size
+    return {
+        "generators": generators,
+        "learner.ranks": config.learner.ranks,
+        "reward.num_gpus": config.reward.num_gpus,
+    }
 
 
 # What a checkpoint is of: changed, it would be another run.

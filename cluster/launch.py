@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.prompts import PromptStream
-from actors.vllm_engine import ENGINE_ENV
+from actors.vllm_engine import CPU_ENGINE_ENV, ENGINE_ENV
 from cluster import checkpoints
 from cluster.config import BadInput, RunConfig
-from cluster.doctor import Inputs, check_gpus, check_inputs, check_resume
+from cluster.doctor import Inputs, check_gpus, check_inputs, check_resume, gpus_of
 from cluster.dropped import rolled_out, too_long
 from cluster.evaluation import Evaluation
 from cluster.learner_group import LearnerGroup
@@ -63,13 +63,22 @@ def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: boo
     files.check(resume=resume, overwrite=overwrite)
     inputs = check_inputs(config)
     checkpoint, problems = checkpoints.newest_intact(files.folder) if resume else (None, [])
+    if checkpoint is None and problems:
+        raise BadInput(
+            f"{problems[0]}, and no checkpoint before it is intact; start again with --overwrite"
+        )
+    if in_process and (config.generators.count, config.learner.ranks) != (1, 1):
+        raise BadInput(
+            "--in-process: one process holds one generator and one rank; set generators.count=1 "
+            "learner.ranks=1"
+        )
     if checkpoint is not None:
         check_resume(config, checkpoint.driver_state()["config"])
     host: Host = (
         InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
     )
     try:
-        check_gpus(config, host.num_gpus())
+        check_gpus(gpus_of(config), host.num_gpus)
         files.create(overwrite=overwrite)
         with LiveView(config.name, config.num_steps) as view:
             for problem in problems:
@@ -148,7 +157,7 @@ def _wire(
             RolloutRole,
             rollout_spec(config, f"generator-{index}", logs),
             rewards.handle,
-            env=ENGINE_ENV,
+            env=ENGINE_ENV if cuda else CPU_ENGINE_ENV,
             gpus=config.generators.tensor_parallel_size,
         )
         for index in range(config.generators.count)

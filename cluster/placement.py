@@ -40,15 +40,16 @@ async def ask(member: Member, method: Any, *args: Any, within: float) -> Any:
     label = str(getattr(method, "_method_name", None) or getattr(method, "__name__", "call"))
     try:
         answer = method.remote(*args) if hasattr(method, "remote") else method(*args)
-        if inspect.isawaitable(answer):
-            answer = await asyncio.wait_for(_settle(answer), within)
-        return answer
-    except TimeoutError as error:
-        raise RoleFailed(f"{member.name}: no answer to {label} within {within:g} s") from error
-    except asyncio.CancelledError:
-        raise
+        if not inspect.isawaitable(answer):
+            return answer
+        task = asyncio.ensure_future(_settle(answer))
+        await asyncio.wait([task], timeout=within)
+        if task.done():
+            return task.result()
+        task.cancel()
     except Exception as error:
         raise RoleFailed(_explain(member, label, error)) from error
+    raise RoleFailed(f"{member.name}: no answer to {label} within {within:g} s")
 
 
 async def _settle(answer: Any) -> Any:
@@ -180,7 +181,8 @@ class RayHost:
         if len([node for node in self._ray.nodes() if node["Alive"]]) == 1:
             return True
         nodes = [member.handle.__ray_call__.remote(_node_id) for member in members]
-        return len(set(await asyncio.gather(*nodes))) == 1
+        found = await asyncio.wait_for(asyncio.gather(*nodes), PLACEMENT_TIMEOUT_S)
+        return len(set(found)) == 1
 
     async def stop(self, members: list[Member]) -> None:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]

@@ -14,9 +14,9 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Reward score, held-out": ("evaluation/reward_mean",),
         "Completion length": ("rollout/completion_tokens_mean",),
         "Truncated completions": ("rollout/truncated_fraction",),
-        "Loss": ("sft/loss", "sft/held_out_loss"),
-        "Pairwise loss": ("reward_model/loss", "reward_model/held_out_loss"),
-        "Accuracy": ("reward_model/accuracy", "reward_model/held_out_accuracy"),
+        "Loss": ("sft/loss",),
+        "Pairwise loss": ("reward_model/loss",),
+        "Accuracy": ("reward_model/accuracy",),
     },
     "PPO": {
         "Clip fraction": ("learner/clip_fraction",),

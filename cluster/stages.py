@@ -9,16 +9,16 @@ from typing import Any
 
 from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
-from cluster.doctor import model_config
+from cluster.doctor import check_gpus, model_config
 from cluster.learner_group import meet
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
-from cluster.placement import InProcessHost, RayHost, ask
+from cluster.placement import Host, InProcessHost, RayHost, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.summary import versions
 from reward_service.fast_import import fast_import
-from reward_service.rows import read_rows
+from reward_service.pairs import read_pairs, read_reference
 
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
@@ -34,16 +34,21 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
         raise BadInput(str(error)) from None
     if in_process and config.learner.ranks > 1:
         raise BadInput("learner.ranks: --in-process is one rank; set learner.ranks=1")
-    files.create(overwrite=overwrite)
-    return asyncio.run(_sft(config, files, in_process))
+    host = InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
+    try:
+        ranks = config.learner.ranks if config.device == "cuda" else 0
+        check_gpus({"learner.ranks": ranks}, host.num_gpus)
+        files.create(overwrite=overwrite)
+        return asyncio.run(_sft(config, files, host))
+    finally:
+        host.close()
 
 
-async def _sft(config: SFTRunConfig, files: RunFiles, in_process: bool) -> Path:
+async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
     from learner.learner_spec import LEARNER_ENV
     from learner.sft import SFTSpec, SFTWorker
 
     started = time.time()
-    host = InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
     spec = SFTSpec(
         str(Path(config.model).resolve()),
         config.sft.model_copy(update={"data": str(Path(config.sft.data).resolve())}),
@@ -74,7 +79,6 @@ async def _sft(config: SFTRunConfig, files: RunFiles, in_process: bool) -> Path:
             await everyone(lambda it: it.write, str(out.resolve()))
         finally:
             await host.stop(ranks)
-            host.close()
         progress.finish({"steps": config.num_steps, "loss": metrics["sft/loss"]}, started, out)
     return out
 
@@ -85,7 +89,7 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
     files.check(resume=False, overwrite=overwrite)
     try:
         model_config(config.model, "model")
-        read_rows(config.training.pairs, columns=("prompt", "chosen", "rejected"))
+        _read_pairs(config)
     except ValueError as error:
         raise BadInput(str(error)) from None
     files.create(overwrite=overwrite)
@@ -107,6 +111,15 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
             raise BadInput(str(error)) from None
         progress.finish(figures, started, out)
     return out
+
+
+def _read_pairs(config: RewardRunConfig) -> None:
+    """Read all that training will read, so that what it would refuse is refused now."""
+    training, tokenizer = config.training, load_tokenizer(config.model)
+    for path in filter(None, (training.pairs, training.held_out_pairs)):
+        read_pairs(path, tokenizer, training.max_tokens)
+    if training.normalise_on is not None:
+        read_reference(training.normalise_on, tokenizer, training.max_tokens)
 
 
 class _Progress:

@@ -111,6 +111,12 @@ class Supervisor:
             ]
 
     async def _collect_from(self, place: int) -> None:
+        try:
+            await self._poll(place)
+        except RoleFailed as error:
+            raise RoleFailed(f"{error} ({self._out_there(place)})") from error
+
+    async def _poll(self, place: int) -> None:
         member = self.generators[place]
         last_heard = time.monotonic()
         while True:
@@ -123,7 +129,7 @@ class Supervisor:
             elif not self._load[place]:
                 last_heard = time.monotonic()
             elif time.monotonic() - last_heard > self._timeout_s:
-                raise RoleFailed(self._silence(place))
+                raise RoleFailed(f"{member.name}: no completion for {self._timeout_s:g} s")
             else:
                 await ask(member, member.handle.status, within=self._timeout_s)
 
@@ -143,12 +149,9 @@ class Supervisor:
     def _release(self, key: tuple[str, int]) -> None:
         self._load[self._holder.pop(key)] -= 1
 
-    def _silence(self, place: int) -> str:
+    def _out_there(self, place: int) -> str:
         out = [prompt_id for (prompt_id, _), holder in self._holder.items() if holder == place]
-        return (
-            f"{self.generators[place].name}: no completion for {self._timeout_s:g} s; "
-            f"{len(out)} prompts are out there, {', '.join(sorted(out)[:5])} among them"
-        )
+        return f"{len(out)} prompts were out there, {', '.join(sorted(out)[:5])} among them"
 
     # ---- weights and state of the generators
 

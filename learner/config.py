@@ -59,7 +59,7 @@ class PPOConfig(StrictModel):
     advantage: Literal["gae", "sequence", "grpo", "rloo", "reinforce++"] = "gae"
     gamma: float = Field(default=1.0, gt=0, le=1)
     lam: float = Field(default=0.95, ge=0, le=1)
-    whiten_advantages: bool = True  # not applied to grpo, whose groups are normalised already
+    whiten_advantages: bool = True  # gae and sequence only
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     clip_range: PositiveFloat = 0.2
     clip_range_high: PositiveFloat | None = None  # clip-higher (DAPO)
@@ -70,7 +70,7 @@ class PPOConfig(StrictModel):
     epochs: PositiveInt = 2
     minibatches: PositiveInt = 2
     max_approx_kl: PositiveFloat | None = (
-        None  # beyond it the remaining epochs of a step are skipped
+        None  # beyond it the rest of a step's minibatches is skipped
     )
     anchor: Literal["learner", "behavior"] = "learner"
     behavior_ratio_cap: float | None = Field(default=None, ge=1)  # truncated importance correction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,4 +16,5 @@ def fast_import() -> Iterator[None]:
         yield
     finally:
         gc.freeze()  # what was imported stays; later collections need not look at it
+        atexit.register(gc.unfreeze)  # else extension modules complain of leaks at exit
         gc.enable()

@@ -472,14 +472,7 @@ def test_supervised_fine_tuning_that_cannot_be_is_refused(
     assert not (world.folder / "runs").exists()
 
 
-too_late = pytest.mark.xfail(
-    strict=True, reason="run_reward_model reads the rows only after it has made the run's folder"
-)
 PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
-
-
-def late(*case: Any) -> Any:
-    return pytest.param(*case, marks=too_late)
 
 
 @pytest.mark.parametrize(
@@ -488,10 +481,10 @@ def late(*case: Any) -> Any:
         ({"model": "nowhere"}, PAIR, ("model: nowhere", "no config.json")),
         ({"training.pairs": "absent.parquet"}, PAIR, ("absent.parquet", "no such file")),
         ({}, {"prompt": "a", "chosen": "b"}, ("pairs.jsonl", "'rejected'")),
-        late({}, PAIR | {"chosen": 3}, ("pairs.jsonl", "row 1", "chosen")),
-        late({}, PAIR | {"chosen": "1" * 20}, ("pairs.jsonl", "row 1", "max_tokens 16")),
-        late({"training.held_out_pairs": "absent.jsonl"}, PAIR, ("absent.jsonl", "no such file")),
-        late({"training.normalise_on": "absent.jsonl"}, PAIR, ("absent.jsonl", "no such file")),
+        ({}, PAIR | {"chosen": 3}, ("pairs.jsonl", "row 1", "chosen")),
+        ({}, PAIR | {"chosen": "1" * 20}, ("pairs.jsonl", "row 1", "max_tokens 16")),
+        ({"training.held_out_pairs": "absent.jsonl"}, PAIR, ("absent.jsonl", "no such file")),
+        ({"training.normalise_on": "absent.jsonl"}, PAIR, ("absent.jsonl", "no such file")),
         ({"training.epoch": 1}, PAIR, ("training.epoch", "did you mean epochs?")),
     ],
 )

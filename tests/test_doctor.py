@@ -17,6 +17,7 @@ from cluster.doctor import (
     check_inputs,
     check_resume,
     estimate_parameters,
+    gpus_of,
     model_config,
     plan_lines,
 )
@@ -104,10 +105,10 @@ def test_roles_need_as_many_gpus_as_they_name(load: Any, available: float, fits:
         }
     )
     if fits:
-        check_gpus(config, available)
+        check_gpus(gpus_of(config), lambda: available)
         return
     with pytest.raises(BadInput) as refused:
-        check_gpus(config, available)
+        check_gpus(gpus_of(config), lambda: available)
     for part in (
         "6.5 GPUs",
         "4 for generators",
@@ -119,7 +120,7 @@ def test_roles_need_as_many_gpus_as_they_name(load: Any, available: float, fits:
 
 
 def test_on_cpu_no_gpu_is_needed(load: Any) -> None:
-    check_gpus(load({"generators.count": 64}), 0.0)
+    check_gpus(gpus_of(load({"generators.count": 64})), lambda: 0.0)
 
 
 # ---- resuming

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_reward_model import EOS, scorer, tiny_language_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_service import reward_training
@@ -21,6 +20,7 @@ from reward_service.config import RewardTrainingConfig
 from reward_service.pairs import Pair, read_pairs
 from reward_service.reward_model import last_token_scores
 from reward_service.reward_training import backward, lr_factor, pairwise_loss, train
+from tests.test_reward_model import EOS, scorer, tiny_language_model, tiny_tokenizer
 
 Rows = list[dict[str, Any]]
 

@@ -233,7 +233,7 @@ async def test_silence_longer_than_its_time_names_the_generator_and_its_prompts(
     one.finish("p0", "p2")
     said, seconds = await failure_of(supervisor)
     assert said == (
-        f"generator-1: no completion for {TIMEOUT_S:g} s; 2 prompts are out there, p1, p3 among them"
+        f"generator-1: no completion for {TIMEOUT_S:g} s (2 prompts were out there, p1, p3 among them)"
     )
     assert TIMEOUT_S < seconds < 10 * TIMEOUT_S
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.vllm_engine import ENGINE_ENV
+from actors.vllm_engine import CPU_ENGINE_ENV
 from actors.weight_update import WeightsRejected, WeightUpdate
 
 pytestmark = pytest.mark.timeout(300)
@@ -58,7 +58,7 @@ def request(name: str, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    os.environ.update(ENGINE_ENV)
+    os.environ.update(CPU_ENGINE_ENV)
     from actors.config import GeneratorsConfig
     from actors.generator import Generator
     from actors.prompts import load_tokenizer
