@@ -146,6 +146,11 @@ def _figure(run: RunRecord, title: str, names: tuple[str, ...]) -> str:
 
 def _points(run: RunRecord, name: str) -> list[charts.Point]:
     columns = [name, BANDS[name]] if name in BANDS else [name]
+    if name.startswith("evaluation/"):  # the first one comes before any step: it is an event only
+        figure = name.removeprefix("evaluation/")
+        found = [e for e in run.events if e.get("event") == "evaluation" and figure in e]
+        if found:
+            return [(event["step"], event[figure]) for event in found]
     return [
         (row["step"], *(row[column] for column in columns))
         for row in run.metrics
