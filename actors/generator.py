@@ -186,7 +186,7 @@ class Generator:
         started = time.perf_counter()
         outputs = self._engine.step()
         self._busy_s += time.perf_counter() - started
-        if self._first_token_at is None:
+        if self._first_token_at is None and self._started:
             self._first_token_at = time.time()
         for output in outputs:
             if output.finished and output.request_id == PROBE_ID:
@@ -208,7 +208,8 @@ class Generator:
             Completion(
                 ids=ids,
                 logprobs=tuple(sample.logprobs.logprobs),
-                text=self._decode(ids) if sample.stop_reason is None else sample.text,
+                # vLLM cuts the text at a stop string; everything else is decoded here.
+                text=sample.text if isinstance(sample.stop_reason, str) else self._decode(ids),
                 finish_reason=sample.finish_reason,
                 spans=tuple((int(span.version), span.start) for span in sample.weight_versions),
                 generate_s=time.time() - started,

@@ -105,8 +105,9 @@ async def _run(
     sinks = [] if isinstance(host, InProcessHost) else [RayMetricsSink(config.name)]
     resume_step = checkpoint.step if checkpoint is not None else files.start_over()
     metrics = MetricsWriter(files.folder, resume_step=resume_step, sinks=sinks)
-    if checkpoint is None:
+    if checkpoint is None and inputs.dropped:
         files.dropped([too_long(prompt_id) for prompt_id in inputs.dropped])
+        view.note(f"{len(inputs.dropped)} prompts are too long for the context and dropped")
     files.status("starting", step=0, num_steps=config.num_steps)
     members: list[Member] = []
     run = _wire(config, inputs, files, view, host, metrics, members, started)
