@@ -187,6 +187,8 @@ def _one_process(config: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; failures become one line and an exit code."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to show
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.path.insert(0, os.getcwd())  # the user's own modules, e.g. reward functions
     home = os.environ.get("RAYLIGN_HOME", "")  # a job's code is elsewhere than its data and runs
     if os.path.isdir(home):

@@ -212,7 +212,6 @@ def _wire(
         view=view,
         supervisor=supervisor,
         learner=learner,
-        services=members,
         evaluation=evaluation,
         prompts=inputs.prompts,
         started=started,

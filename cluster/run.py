@@ -19,7 +19,7 @@ from cluster.evaluation import Evaluated, Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter
-from cluster.placement import Host, Member, RoleFailed
+from cluster.placement import Host, RoleFailed
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
 from learner.learner_spec import Samples
@@ -40,7 +40,6 @@ class Run:
     view: LiveView
     supervisor: Supervisor
     learner: LearnerGroup
-    services: list[Member]
     evaluation: Evaluation | None
     prompts: list[Prompt]
     started: float  # unix time of the command
@@ -81,7 +80,7 @@ class Run:
         )
         return {
             "weights/push_s": seconds,
-            "weights/bytes": float(self.push_bytes),
+            "weights/bytes": float(self.learner.push_bytes),
             "weights/probe_difference_max": max(proof["probe_difference"] for proof in proofs),
         }
 
@@ -190,10 +189,6 @@ class Run:
         }
 
     # ---- figures
-
-    @property
-    def push_bytes(self) -> int:
-        return self.learner.push_bytes
 
     def spent(self, role: str, seconds: float) -> float:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
