@@ -49,6 +49,7 @@ class Run:
     evaluations: list[Evaluated] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
+    _roles: dict[str, str] = field(default_factory=dict)
     _boundary: tuple[int, int] = (0, 0)
     _busy_s: float = 0.0
     _taken_at: float = field(default_factory=time.time)
@@ -57,16 +58,19 @@ class Run:
 
     async def take(self) -> pa.Table | None:
         """Lease what may be leased, then wait for the next batch; None if a stop was asked for."""
+        self._doing("learner", "waiting for rollouts")
         self._boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
         await self.supervisor.admit(self.step)
         return await self.supervisor.take(self.step, self.stop)
 
     async def update(self, batch: pa.Table) -> dict[str, float]:
+        self._doing("learner", f"update of step {self.step + 1}")
         folder = self.files.folder / "trajectories"
         return await self.learner.update(batch, self.step + 1, self.step, folder)
 
     async def publish(self, version: int) -> dict[str, float]:
         """Push the learner's weights as `version`; returns once every generator has proved them."""
+        self._doing("learner", f"publishing version {version}")
         started = time.perf_counter()
         update = await self.learner.publish(version)
         proofs = await self.supervisor.receive_weights(update)
@@ -190,6 +194,11 @@ class Run:
 
     # ---- figures
 
+    def _doing(self, role: str, what: str) -> None:
+        """For the live view: what a role is at."""
+        self._roles[role] = what
+        self.view.roles(self._roles)
+
     def spent(self, role: str, seconds: float) -> float:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
         return seconds
@@ -205,12 +214,8 @@ class Run:
         busy = sum(status["busy_s"] for status in statuses)
         generating = max(busy - self._busy_s, 1e-9)
         self._busy_s = busy
-        self.view.roles(
-            {
-                s.name: f"{st['running']} running"
-                for s, st in zip(self.supervisor.generators, statuses, strict=True)
-            }
-        )
+        for member, status in zip(self.supervisor.generators, statuses, strict=True):
+            self._doing(member.name, f"{status['running']} running, {status['waiting']} waiting")
         self.spent("generation", generating / len(statuses))
         metrics = {
             "rollout/completion_tokens": float(lengths.sum()),
