@@ -30,7 +30,8 @@ class LearnerGroup:
         try:
             return await self._all(lambda it: it.start, rendezvous)
         finally:
-            Path(rendezvous.file or run_dir / "none").unlink(missing_ok=True)
+            if rendezvous.file:
+                Path(rendezvous.file).unlink(missing_ok=True)
 
     async def prepare_publish(self, segment: str | None) -> WeightLayout:
         layout: WeightLayout = (await self._all(lambda it: it.prepare_publish, segment))[0]

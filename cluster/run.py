@@ -111,8 +111,8 @@ class Run:
         self.evaluations.append(evaluated)
         self.files.event("evaluation", step=self.step, **_rounded(evaluated.metrics))
         self.view.note(_evaluation_line(evaluated))
-        self.spent("evaluation", time.perf_counter() - started)
-        return evaluated.metrics
+        seconds = self.spent("evaluation", time.perf_counter() - started)
+        return evaluated.metrics | {"time/evaluate_s": seconds}
 
     def evaluation_due(self, last: bool) -> bool:
         every = self.config.evaluation.every if self.config.evaluation else None

@@ -40,9 +40,7 @@ async def train(run: Run) -> None:
 
         last = run.step == config.num_steps
         if run.evaluation_due(last):
-            evaluating = time.perf_counter()
             metrics |= await run.evaluate()
-            metrics["time/evaluate_s"] = time.perf_counter() - evaluating
         metrics["time/rollout_wait_s"] = waited
         metrics["time/step_s"] = time.perf_counter() - started
         run.log(metrics)
