@@ -43,4 +43,13 @@ class GeneratorsConfig(StrictModel):
     )
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)  # GPU only
     weight_update: Literal["in_flight", "drained"] = "in_flight"
+    # CPU only. packed: each engine keeps a copy of its own, in the format it samples fastest from.
+    # shared: engines compute on the segment that the learner wrote: a push copies nothing, and any
+    # number of engines hold the weights once, but each computes on them more slowly. It pays where pushes
+    # are frequent next to the tokens sampled in between, or where memory is short.
+    weight_memory: Literal["packed", "shared"] = "packed"
+    # delta: in the message, only what changed since the version before, exactly (compressed; learner
+    # and generators keep one image of the weights more). For slow links between machines, with
+    # bfloat16 above all; learner and generators on one machine then use no shared memory either.
+    weight_push: Literal["full", "delta"] = "full"
     rollout_timeout_s: PositiveFloat = 300.0  # no completion for so long: the generator has failed

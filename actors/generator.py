@@ -23,7 +23,13 @@ from typing import Any
 from actors.config import GeneratorsConfig
 from actors.trajectory import Completion
 from actors.vllm_engine import completion_params, make_engine, probe_params
-from actors.weight_update import WeightLayout, WeightsRejected, WeightUpdate, probe_difference
+from actors.weight_update import (
+    BaseMissing,
+    WeightLayout,
+    WeightsRejected,
+    WeightUpdate,
+    probe_difference,
+)
 
 PROBE_ID = "probe"
 
@@ -48,6 +54,17 @@ Deliver = Callable[[Any], None]
 Delivery = tuple[Deliver, Deliver]  # resolve, reject: safe to call from the engine thread
 
 
+@dataclass(frozen=True)
+class _Probing:
+    """An update that is applied and not yet proved."""
+
+    update: WeightUpdate
+    resolve: Deliver
+    reject: Deliver
+    spent: dict[str, float]  # seconds, by the receiver's parts
+    started: float
+
+
 class Generator:
     """Samples completions, continuously batched; takes new weights without stopping."""
 
@@ -65,10 +82,11 @@ class Generator:
         self._futures: dict[str, Delivery] = {}
         self._started: dict[str, float] = {}
         self._held: list[Any] = []
-        self._probing: tuple[WeightUpdate, Deliver, Deliver] | None = None
+        self._probing: _Probing | None = None
         self._proved: int | None = None  # the version that has answered its probe
         self._closed = False
         self._busy_s = 0.0
+        self._weights_s = 0.0
         self._num_tokens = 0
         self._first_token_at: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-{name}")
@@ -98,18 +116,19 @@ class Generator:
         return list(futures)
 
     async def agree_layout(self, layout: WeightLayout) -> str:
-        return await self._call(
-            lambda: self._engine.collective_rpc("agree_layout", args=(layout,))[0]
-        )
+        config = self._config
+        given = (layout, config.weight_memory == "shared", config.weight_push == "delta")
+        return await self._call(lambda: self._engine.collective_rpc("agree_layout", args=given)[0])
 
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
-        """Verify, apply, probe. Returns seconds and the probe's difference; raises WeightsRejected,
-        after which this generator samples nothing any more."""
+        """Verify, apply, probe. Returns seconds, of the whole and of each part, and the probe's
+        difference. Raises WeightsRejected, after which this generator samples nothing any more; or
+        BaseMissing, after which all is as before: send the update in full."""
         started = time.perf_counter()
         future, delivery = self._future()
         self._inbox.put((lambda: self._apply(update, delivery), delivery[1]))
-        difference = await future
-        return {"push_s": time.perf_counter() - started, "probe_difference": difference}
+        proof: dict[str, float] = await future
+        return {"push_s": time.perf_counter() - started, **proof}
 
     async def status(self) -> dict[str, Any]:
         """Asked of the engine thread itself, so that an answer proves that it still turns."""
@@ -221,22 +240,30 @@ class Generator:
         if self._config.weight_update == "drained":
             while self._started:
                 self._step()
-        self._proved = None
+        started = time.perf_counter()
+        proved, self._proved = self._proved, None
         try:
-            self._engine.collective_rpc("receive_weights", args=(update,))
+            spent: dict[str, float] = self._engine.collective_rpc(
+                "receive_weights", args=(update,)
+            )[0]
+        except BaseMissing as missing:
+            self._proved = proved
+            reject(BaseMissing(f"{self.name}: {missing}"))
+            return
         except Exception as error:
             raise WeightsRejected(f"{self.name}: {error}") from error
+        self._weights_s += time.perf_counter() - started
         self._engine.set_weight_version(str(update.version))
         # Blocks computed under the old weights must not serve new prompts.
         self._engine.reset_prefix_cache()
-        self._probing = (update, resolve, reject)
+        self._probing = _Probing(update, resolve, reject, spent, time.perf_counter())
         self._engine.add_request(
             PROBE_ID, {"prompt_token_ids": list(update.probe.ids)}, probe_params()
         )
 
     def _prove(self, output: Any) -> None:
         assert self._probing is not None
-        update, resolve, _ = self._probing
+        probing, update = self._probing, self._probing.update
         answered = [
             position[token].logprob
             for position, token in zip(
@@ -251,7 +278,8 @@ class Generator:
             )
         self._probing = None
         self._proved = update.version
-        resolve(difference)
+        probe_s = time.perf_counter() - probing.started
+        probing.resolve({**probing.spent, "probe_s": probe_s, "probe_difference": difference})
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -260,6 +288,7 @@ class Generator:
             "waiting": len(self._waiting),
             "version": self._proved,
             "busy_s": self._busy_s,
+            "weights_s": self._weights_s,
             "completion_tokens": self._num_tokens,
             "first_token_at": self._first_token_at,
         }
@@ -270,7 +299,7 @@ class Generator:
         for _, reject in self._futures.values():
             reject(error)
         if self._probing is not None:
-            self._probing[2](error)
+            self._probing.reject(error)
         while not self._closed:
             _, reject = self._inbox.get()
             reject(error)

@@ -2,9 +2,10 @@
 
     submit(prompts) --> generator --> completion --> reward client --> trajectory --> take()
 
-`take` is a long poll: it answers with all prompts that have become complete since the last one. A
-prompt is complete when all its samples are scored; if one sample's score cannot be had and the
-reward policy is to drop, the whole prompt is dropped, as its group would be.
+`take` is a long poll: it answers with all prompts that have become complete since the last one, by
+name, and beside the answer with their trajectories as one Table, which the driver passes on without
+looking into it. A prompt is complete when all its samples are scored; if one sample's score cannot
+be had and the reward policy is to drop, the whole prompt is dropped, as its group would be.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from actors.config import SamplingConfig
 from actors.generator import GenerateRequest
-from actors.trajectory import Completion, Prompt, Trajectory, trajectory_id
+from actors.trajectory import Completion, Key, Prompt, Trajectory, to_table, trajectory_id
 from actors.weight_update import WeightLayout, WeightUpdate
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
 
@@ -56,8 +58,17 @@ class Dropped:
 class Rollouts:
     """What has become complete: whole prompts, and prompts given up."""
 
-    trajectories: list[Trajectory] = field(default_factory=list)
+    finished: list[Key] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.finished or self.dropped)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    trajectories: list[Trajectory]
+    dropped: list[Dropped]
 
 
 class RolloutWorker:
@@ -80,7 +91,7 @@ class RolloutWorker:
         self._sampling = sampling
         self._seed = seed
         self._score_together = score_together
-        self._finished: asyncio.Queue[Rollouts | BaseException] = asyncio.Queue()
+        self._finished: asyncio.Queue[_Scored | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -109,23 +120,30 @@ class RolloutWorker:
             for group in groups:
                 self._spawn(self._roll_out([group]))
 
-    async def take(self, timeout_s: float) -> Rollouts:
-        """Everything complete by now, waiting at most `timeout_s` for the first. Raises what a
-        rollout raised (GeneratorFailed, WeightsRejected, RewardFailure)."""
+    async def take(
+        self, timeout_s: float, linger_s: float = 0.0
+    ) -> tuple[Rollouts, pa.Table | None]:
+        """What is complete, and its trajectories (samples of one prompt together, in order), waiting
+        at most `timeout_s` for the first and then `linger_s` for more, so that a driver with many
+        workers is called less often. Raises what a rollout raised (GeneratorFailed,
+        WeightsRejected, RewardFailure)."""
+        try:
+            items = [await asyncio.wait_for(self._finished.get(), timeout_s)]
+        except TimeoutError:
+            return Rollouts(), None
+        if linger_s:
+            await asyncio.sleep(linger_s)
+        while not self._finished.empty():
+            items.append(self._finished.get_nowait())
         trajectories: list[Trajectory] = []
         dropped: list[Dropped] = []
-        try:
-            item = await asyncio.wait_for(self._finished.get(), timeout_s)
-        except TimeoutError:
-            return Rollouts()
-        while True:
+        for item in items:
             if isinstance(item, BaseException):
                 raise item
             trajectories += item.trajectories
             dropped += item.dropped
-            if self._finished.empty():
-                return Rollouts(trajectories, dropped)
-            item = self._finished.get_nowait()
+        finished = list(dict.fromkeys((t.prompt_id, t.epoch) for t in trajectories))
+        return Rollouts(finished, dropped), to_table(trajectories) if trajectories else None
 
     async def sample(
         self, prompts: list[Prompt], temperature: float, seed: int
@@ -181,7 +199,7 @@ class RolloutWorker:
         except Exception as error:  # handed to whoever takes, who decides; never lost in a task
             self._finished.put_nowait(error)
 
-    async def _score(self, samples: list[tuple[Prompt, int, Completion]]) -> Rollouts:
+    async def _score(self, samples: list[tuple[Prompt, int, Completion]]) -> _Scored:
         started = time.time()
         scored = await self._rewards.score(
             [_score_request(trajectory_id(p.prompt_id, p.epoch, n), p, c) for p, n, c in samples]
@@ -197,7 +215,7 @@ class RolloutWorker:
             for (prompt, number, completion), outcome in zip(samples, scored, strict=True)
             if isinstance(outcome, ScoreResponse) and (prompt.prompt_id, prompt.epoch) not in failed
         ]
-        return Rollouts(trajectories, [Dropped(*key, reason) for key, reason in failed.items()])
+        return _Scored(trajectories, [Dropped(*key, reason) for key, reason in failed.items()])
 
     def _trajectory(
         self,

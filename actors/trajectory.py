@@ -16,6 +16,8 @@ import pyarrow as pa
 
 SCHEMA_VERSION = "1"
 
+Key = tuple[str, int]  # prompt_id, epoch: what is leased, finished and consumed as one
+
 TRAJECTORY_SCHEMA = pa.schema(
     [
         pa.field("trajectory_id", pa.string(), nullable=False),
@@ -130,6 +132,16 @@ class Trajectory:
 def trajectory_id(prompt_id: str, epoch: int, sample_index: int) -> str:
     """The name of one sample, the same in every run with the same data."""
     return f"{prompt_id}-e{epoch}-{sample_index}"
+
+
+def select(tables: Sequence[pa.Table], keys: Sequence[Key]) -> pa.Table:
+    """The trajectories of `keys` out of `tables`, in the order of `keys`. KeyError if one is in none."""
+    whole = pa.concat_tables(tables)
+    rows: dict[Key, list[int]] = {}
+    names = zip(whole["prompt_id"].to_pylist(), whole["epoch"].to_pylist(), strict=True)
+    for row, key in enumerate(names):
+        rows.setdefault(key, []).append(row)
+    return whole.take([row for key in keys for row in rows[key]]).combine_chunks()
 
 
 def to_table(trajectories: Iterable[Trajectory]) -> pa.Table:

@@ -6,15 +6,22 @@ between two engine steps, so no step ever runs on half-loaded weights.
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Iterator
+import time
 from typing import Any
 
 import numpy as np
 import torch
 
-from actors.weight_update import WeightLayout, WeightsRejected, WeightUpdate, verify
+from actors import weight_delta
+from actors.weight_segment import SegmentReader
+from actors.weight_swap import NotPlanned, WeightSwap, tensors_of
+from actors.weight_update import (
+    BaseMissing,
+    WeightLayout,
+    WeightsRejected,
+    WeightUpdate,
+    verify,
+)
 
 
 class WeightReceiver:
@@ -23,54 +30,118 @@ class WeightReceiver:
     model_runner: Any
     vllm_config: Any
     model_config: Any
+    _receiver: _Receiver
 
-    def agree_layout(self, layout: WeightLayout) -> str:
-        """Keep the layout all later updates are checked against; returns its id."""
-        self._layout = layout
+    def agree_layout(self, layout: WeightLayout, shared: bool, keeps_image: bool) -> str:
+        """Keep the layout all later updates are checked against; returns its id. `shared`: compute
+        on the image itself; `keeps_image`: deltas will come, keep what they are deltas to."""
+        swap = _plan(self.model_runner.model, self.vllm_config, layout, shared=shared)
+        self._receiver = _Receiver(self, layout, swap, shared=shared, keeps_image=keeps_image)
         return layout.id
 
-    def receive_weights(self, update: WeightUpdate) -> None:
-        """Verify the bytes, then load them. On WeightsRejected nothing was applied."""
-        layout = getattr(self, "_layout", None)
-        if layout is None:
+    def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
+        """Verify the bytes, then load them; seconds of both. On WeightsRejected, and on BaseMissing,
+        nothing was applied."""
+        if not hasattr(self, "_receiver"):
             raise WeightsRejected(f"version {update.version}: no layout was agreed")
-        data = np.concatenate(update.payload) if update.payload else _map(update.segment)
-        verify(update, layout, data)
-        self._load(_tensors(layout, torch.from_numpy(data)))
-
-    def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        # vLLM's load_weights alone fails on CPU, where linear layers keep packed copies and drop
-        # the originals; its layerwise reload rebuilds them, on every platform.
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
-
-        model = self.model_runner.model
-        with set_current_vllm_config(self.vllm_config), torch.no_grad():
-            initialize_layerwise_reload(model)
-            model.load_weights(tensors)
-            finalize_layerwise_reload(model, self.model_config)
-            _refresh_packed_heads(model)
+        return self._receiver.receive(update)
 
 
-def _map(path: str) -> np.ndarray:
-    """The segment's bytes, private to this process: what is verified is what is loaded."""
-    descriptor = os.open(path, os.O_RDONLY)
+class _Receiver:
+    def __init__(
+        self,
+        worker: WeightReceiver,
+        layout: WeightLayout,
+        swap: WeightSwap | None,
+        *,
+        shared: bool,
+        keeps_image: bool,
+    ) -> None:
+        self._worker = worker
+        self._layout = layout
+        self._swap = swap
+        self._shared = shared
+        self._keeps_image = keeps_image
+        self._segments = SegmentReader()
+        self._in_use = ""  # the segment that the engine computes on
+        self._image: tuple[int, np.ndarray] | None = None  # version and bytes
+
+    def receive(self, update: WeightUpdate) -> dict[str, float]:
+        started = time.perf_counter()
+        image = self._segments.hold(update.segment) if update.segment else self._payload(update)
+        try:
+            verify(update, self._layout, image)
+        except WeightsRejected:
+            if update.segment != self._in_use:
+                self._segments.release(update.segment)
+            raise
+        verified = time.perf_counter()
+        if self._swap is not None:
+            self._swap.apply(image)
+        else:
+            _reload(self._worker, self._layout, image)
+        self._let_go(update.segment)
+        if self._keeps_image and not update.segment:
+            self._image = (update.version, image)
+        return {"verify_s": verified - started, "apply_s": time.perf_counter() - verified}
+
+    def _let_go(self, segment: str) -> None:
+        """Of the segment just read, or, where the engine computes on it, of the one before."""
+        left = self._in_use if self._shared else segment
+        if left and not (self._shared and left == segment):
+            self._segments.release(left)
+        self._in_use = segment if self._shared else ""
+
+    def _payload(self, update: WeightUpdate) -> np.ndarray:
+        """The image that came in the message: whole, or as a delta to the one kept."""
+        if update.base is None:
+            return np.concatenate(update.payload)
+        if self._image is None or self._image[0] != update.base:
+            raise BaseMissing(
+                f"version {update.version} came as a delta to {update.base}, and here is "
+                f"{'none' if self._image is None else self._image[0]}; send it in full"
+            )
+        # What the engine computes on must not change before the result is verified.
+        image = self._image[1].copy() if self._shared else self._image[1]
+        self._image = None
+        weight_delta.apply(self._layout, update.payload, image)
+        return image
+
+
+def _plan(model: Any, vllm_config: Any, layout: WeightLayout, *, shared: bool) -> WeightSwap | None:
+    """None: this model, or this platform, takes vLLM's reload."""
+    from vllm.platforms import current_platform
+
     try:
-        mapped = mmap.mmap(
-            descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
-    finally:
-        os.close(descriptor)
-    return np.frombuffer(mapped, np.uint8)
+        if not current_platform.is_cpu():
+            raise NotPlanned("the engine is not on CPU")
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            raise NotPlanned("the engine holds shards")
+        return WeightSwap(model, layout, shared=shared)
+    except NotPlanned as reason:
+        if shared:
+            raise WeightsRejected(
+                f"generators.weight_memory: shared is not possible with this model ({reason}); set "
+                "it to packed"
+            ) from None
+        return None
 
 
-def _tensors(layout: WeightLayout, data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    for spec in layout.tensors:
-        piece = data[spec.offset : spec.offset + spec.num_bytes]
-        yield spec.name, piece.view(getattr(torch, spec.dtype)).view(spec.shape)
+def _reload(worker: WeightReceiver, layout: WeightLayout, image: np.ndarray) -> None:
+    # vLLM's load_weights alone fails on CPU, where linear layers keep packed copies and drop
+    # the originals; its layerwise reload rebuilds them, on every platform.
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    model = worker.model_runner.model
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        initialize_layerwise_reload(model)
+        model.load_weights(tensors_of(layout, image))
+        finalize_layerwise_reload(model, worker.model_config)
+        _refresh_packed_heads(model)
 
 
 def _refresh_packed_heads(model: torch.nn.Module) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,10 +21,17 @@ import xxhash
 BUCKET_BYTES = 64 << 20
 ALIGNMENT = 64  # bytes; every dtype may be viewed at it
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Engines fuse these into one parameter, in this order: laid side by side they are that parameter.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+DIGEST_THREADS = min(4, os.cpu_count() or 1)  # xxhash lets go of the interpreter's lock
 
 
 class WeightsRejected(Exception):
     """The bytes, the layout or the probe of an update are not what the learner sent."""
+
+
+class BaseMissing(Exception):
+    """A delta to a version that this receiver does not hold: it needs the update in full."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,20 @@ class WeightLayout:
 
     @staticmethod
     def of(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str) -> WeightLayout:
-        tensors, offset = [], 0
-        for name, shape in shapes:
-            tensors.append(TensorSpec(name, tuple(shape), dtype, offset))
-            offset += -(-tensors[-1].num_bytes // ALIGNMENT) * ALIGNMENT
-        return WeightLayout(tuple(tensors))
+        """Tensors in the order given; those of a fused group lie together, where its first comes."""
+        specs = [TensorSpec(name, tuple(shape), dtype, 0) for name, shape in shapes]
+        groups: dict[object, list[tuple[int, int]]] = {}
+        for index, spec in enumerate(specs):
+            fused = _fused(spec.name)
+            key, place = fused if fused is not None else (index, 0)
+            groups.setdefault(key, []).append((place, index))
+        offset = 0
+        for members in groups.values():
+            for _, index in sorted(members):
+                specs[index] = replace(specs[index], offset=offset)
+                offset += specs[index].num_bytes
+            offset = -(-offset // ALIGNMENT) * ALIGNMENT
+        return WeightLayout(tuple(specs))
 
     @cached_property
     def total_bytes(self) -> int:
@@ -81,19 +99,45 @@ class Probe:
 @dataclass(frozen=True)
 class WeightUpdate:
     """One version of the weights. The bytes lie in `segment`, a file in shared memory, or come
-    along in `payload` (uint8, one array a bucket) where learner and generator share no memory."""
+    along in `payload` where learner and generator share no memory: uint8, one array a bucket, which
+    is the bucket's bytes, or with a `base` what changed in it since that version (weight_delta)."""
 
     version: int
     layout_id: str
-    digests: tuple[str, ...]
+    digests: tuple[str, ...]  # of the whole image, however it is sent
     probe: Probe
     segment: str = ""
     payload: tuple[np.ndarray, ...] = ()
+    base: int | None = None
+    write_s: float = 0.0  # what the learner spent on bytes and digests, and on the probe
+    probe_s: float = 0.0
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self.payload)
+
+
+def digest_bucket(data: np.ndarray, bucket: tuple[int, int]) -> str:
+    """xxh3-128 of one bucket of `data` (uint8 [total_bytes]): as fast as memory, any bit counts."""
+    return str(xxhash.xxh3_128_hexdigest(data[bucket[0] : bucket[1]].data))
 
 
 def digest_buckets(layout: WeightLayout, data: np.ndarray) -> tuple[str, ...]:
-    """xxh3-128 of each bucket of `data` (uint8 [total_bytes]): as fast as memory, any bit counts."""
-    return tuple(xxhash.xxh3_128_hexdigest(data[start:end].data) for start, end in layout.buckets)
+    """The digest of each bucket of `data`."""
+    if len(layout.buckets) == 1:
+        return (digest_bucket(data, layout.buckets[0]),)
+    with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+        return tuple(threads.map(lambda bucket: digest_bucket(data, bucket), layout.buckets))
+
+
+def _fused(name: str) -> tuple[str, int] | None:
+    """The group of tensors this one is fused with, and its place there; None if it stands alone."""
+    words = name.split(".")
+    for group in FUSED:
+        for i, word in enumerate(words):
+            if word in group:
+                return ".".join([*words[:i], "+".join(group), *words[i + 1 :]]), group.index(word)
+    return None
 
 
 def verify(update: WeightUpdate, layout: WeightLayout, data: np.ndarray) -> None:

@@ -140,6 +140,10 @@ class RunConfig(StageConfig):
                 f"sampling.samples_per_prompt: ppo.advantage {self.ppo.advantage} compares samples of one "
                 "prompt; set it to 2 or more"
             )
+        if self.generators.weight_memory == "shared" and self.device == "cuda":
+            raise ValueError(
+                "generators.weight_memory: shared is for engines on CPU; with device cuda leave it out"
+            )
         if self.sampling.max_tokens >= self.generators.max_model_len:
             raise ValueError(
                 f"sampling.max_tokens: {self.sampling.max_tokens} leaves no room for a prompt in "

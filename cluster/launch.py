@@ -212,6 +212,7 @@ def _wire(
         view=view,
         supervisor=supervisor,
         learner=learner,
+        rewards=rewards,
         evaluation=evaluation,
         prompts=inputs.prompts,
         started=started,
@@ -237,6 +238,7 @@ async def _bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None
         segment = str(SHARED_MEMORY / f"raylign-{os.getpid()}-{run.config.name}")
     await run.supervisor.agree_layout(await run.learner.prepare_publish(segment))
     await run.publish(run.step)
+    await run.proved()
     await run.self_check()
     if checkpoint is None:
         await run.evaluate()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.metrics import reduce_ranks
 from cluster.placement import Host, Member, ask
 from learner.learner_spec import Rendezvous
+from learner.trajectory_buffer import Batch
 
 
 class LearnerGroup:
@@ -41,13 +41,17 @@ class LearnerGroup:
     async def publish(self, version: int) -> WeightUpdate:
         return (await self._all(lambda it: it.publish, version))[0]
 
-    async def update(
-        self, batch: pa.Table, step: int, version: int, folder: Path
-    ) -> dict[str, float]:
-        metrics = await self._all(
-            lambda it: it.update, self._host.share(batch), step, version, str(folder.resolve())
+    async def update(self, batch: Batch, step: int, version: int, folder: Path) -> dict[str, float]:
+        where = str(folder.resolve())
+        return reduce_ranks(
+            await self._all(lambda it: it.update, step, version, where, batch.keys, *batch.chunks)
         )
-        return reduce_ranks(metrics)
+
+    async def save_trajectories(self, batch: Batch, path: Path) -> None:
+        """Write them to one Parquet file: rank 0 does, for the driver never holds any."""
+        rank = self.ranks[0]
+        given = (str(path.resolve()), batch.keys, *batch.chunks)
+        await ask(rank, rank.handle.save_trajectories, *given, within=self._timeout_s)
 
     async def policy_logprobs(self, samples: Any) -> list[np.ndarray]:
         return (await self._all(lambda it: it.policy_logprobs, samples))[0]

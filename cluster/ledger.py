@@ -15,9 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.trajectory import Prompt
-
-Key = tuple[str, int]  # prompt_id, epoch
+from actors.trajectory import Key, Prompt
 
 
 @dataclass
@@ -33,16 +31,17 @@ class Lease:
 class Ledger:
     def __init__(self, *, prompts_per_step: int, max_staleness: int) -> None:
         self._per_step = prompts_per_step
-        self._max_staleness = max_staleness
+        self.max_staleness = max_staleness
         self._leases: dict[Key, Lease] = {}
         self._next_number = 0
+        self._num_finished = 0
         self.num_leased = 0  # ever, drops not counted
         self.num_consumed = 0
         self.num_dropped = 0
 
     def capacity(self, version: int) -> int:
         """How many prompts may be leased now."""
-        return (version + 1 + self._max_staleness) * self._per_step - self.num_leased
+        return (version + 1 + self.max_staleness) * self._per_step - self.num_leased
 
     def lease(self, prompt: Prompt, version: int) -> None:
         key = (prompt.prompt_id, prompt.epoch)
@@ -55,6 +54,7 @@ class Ledger:
         lease = self._leases[key]
         assert not lease.finished, f"{key} finished twice"
         lease.finished = True
+        self._num_finished += 1
 
     def drop(self, key: Key) -> None:
         """Given up: its place may be taken by another prompt."""
@@ -64,15 +64,15 @@ class Ledger:
 
     def ready(self, version: int) -> list[Key] | None:
         """The prompts of the next step, oldest first; None while a step has to wait."""
-        by_age = sorted(self._leases.items(), key=lambda item: item[1].number)
-        keys = [key for key, lease in by_age if lease.finished][: self._per_step]
-        if len(keys) < self._per_step:
+        if self._num_finished < self._per_step:
             return None
+        by_age = list(self._leases.items())  # leases are added, and restored, in their order
+        keys = [key for key, lease in by_age if lease.finished][: self._per_step]
         taken = set(keys)
         left = [lease for key, lease in by_age if key not in taken]
         for place, lease in enumerate(left):
             consumed_at = version + 1 + place // self._per_step  # if steps take the oldest first
-            if consumed_at - lease.version > self._max_staleness:
+            if consumed_at - lease.version > self.max_staleness:
                 assert self.outstanding(), (
                     "prompts can only be consumed too stale; nothing is awaited"
                 )
@@ -82,6 +82,7 @@ class Ledger:
     def consume(self, keys: Iterable[Key]) -> None:
         for key in keys:
             assert self._leases.pop(key).finished, f"{key} was not finished"
+            self._num_finished -= 1
             self.num_consumed += 1
 
     def __len__(self) -> int:
@@ -90,8 +91,7 @@ class Ledger:
 
     def outstanding(self) -> list[Prompt]:
         """Leased, not finished; in the order of the leases."""
-        leases = sorted(self._leases.values(), key=lambda lease: lease.number)
-        return [lease.prompt for lease in leases if not lease.finished]
+        return [lease.prompt for lease in self._leases.values() if not lease.finished]
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -110,7 +110,8 @@ class Ledger:
         self.num_leased = state["num_leased"]
         self.num_consumed = state["num_consumed"]
         self.num_dropped = state["num_dropped"]
-        for saved in state["leases"]:
+        for saved in sorted(state["leases"], key=lambda lease: lease["number"]):
             prompt = Prompt(**{**saved["prompt"], "ids": tuple(saved["prompt"]["ids"])})
             self._leases[prompt.prompt_id, prompt.epoch] = Lease(**{**saved, "prompt": prompt})
-            self._next_number = max(self._next_number, saved["number"] + 1)
+            self._num_finished += saved["finished"]
+            self._next_number = saved["number"] + 1

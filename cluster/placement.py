@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,9 +37,32 @@ async def ask(member: Member, method: Any, *args: Any, within: float) -> Any:
 
     Raises RoleFailed; the original exception is its cause.
     """
+    if hasattr(method, "remote"):
+        return await _answer(member, method, lambda: method.remote(*args), within)
+    return await _answer(member, method, lambda: method(*args), within)
+
+
+async def ask_beside(
+    member: Member, method: Any, *args: Any, within: float
+) -> tuple[Any, Any | None]:
+    """`ask` for a method that returns (answer, payload). The payload of an actor stays where it is:
+    what is returned is a reference, owned by this process, so that it outlives the actor."""
+    if not hasattr(method, "remote"):
+        return await ask(member, method, *args, within=within)
+    payloads: list[Any] = []
+
+    def call() -> Any:
+        answer, payload = method.options(num_returns=2).remote(*args)
+        payloads.append(payload)
+        return answer
+
+    return await _answer(member, method, call, within), payloads[0]
+
+
+async def _answer(member: Member, method: Any, call: Callable[[], Any], within: float) -> Any:
     label = str(getattr(method, "_method_name", None) or getattr(method, "__name__", "call"))
     try:
-        answer = method.remote(*args) if hasattr(method, "remote") else method(*args)
+        answer = call()
         if not inspect.isawaitable(answer):
             return answer
         task = asyncio.ensure_future(_settle(answer))

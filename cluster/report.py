@@ -230,12 +230,19 @@ def _timing(run: RunRecord) -> str:
         if name.startswith("time/") and name != "time/step_s"
         if (values := [row[name] for row in run.metrics if name in row])
     }
-    parts = [(role, seconds) for role, seconds in timing.items() if seconds > 0]
-    if not parts:
+    bars = {"the command": timing, **run.summary.get("roles", {})}
+    drawn = [
+        f"<h3>{escape(title)}</h3>{charts.stacked_bar(parts)}"
+        for title, seconds in bars.items()
+        if (parts := [(name, spent) for name, spent in seconds.items() if spent > 0])
+    ]
+    if not drawn:
         return ""
-    note = "Above max_staleness 0, roles work at the same time: the seconds then overlap."
-    bar = charts.stacked_bar(parts)
-    return f'<h2>Time</h2><div class="card pad">{bar}<p class="none">{note}</p></div>'
+    note = (
+        "Each role's bar: from the first prompt to the end, what it did and what it waited for. "
+        "Above max_staleness 0 roles work at the same time, so the command's seconds overlap."
+    )
+    return f'<h2>Time</h2><div class="card pad">{"".join(drawn)}<p class="none">{note}</p></div>'
 
 
 def _happened(run: RunRecord) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from actors.config import GeneratorsConfig, SamplingConfig
 from actors.rollout_worker import RolloutWorker
+from actors.trajectory import Key, select, to_table
 from actors.weight_update import WeightLayout, WeightUpdate
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples
 from reward_service.api import ScoreRequest
@@ -94,8 +96,14 @@ class LearnerRole:
     def publish(self, version: int) -> WeightUpdate | None:
         return self._worker.publish(version)
 
-    def update(self, table: pa.Table, step: int, version: int, folder: str) -> dict[str, float]:
-        return self._worker.update(table, step, version, folder)
+    def update(
+        self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Table
+    ) -> dict[str, float]:
+        """`chunks` as arguments of their own: so Ray brings them here before the call is made."""
+        return self._worker.update(select(chunks, keys), step, version, folder)
+
+    def save_trajectories(self, path: str, keys: list[Key], *chunks: pa.Table) -> None:
+        pq.write_table(select(chunks, keys) if keys else to_table([]), path)
 
     def policy_logprobs(self, samples: Samples) -> list[np.ndarray]:
         return self._worker.policy_logprobs(samples)

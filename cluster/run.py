@@ -9,24 +9,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from actors.trajectory import Prompt
+from actors.weight_update import WeightUpdate
 from cluster import checkpoints
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluated, Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter
-from cluster.placement import Host, RoleFailed
+from cluster.placement import Host, Member, RoleFailed, ask
+from cluster.role_times import Times, role_times, since
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
 from learner.learner_spec import Samples
-from learner.trajectory_buffer import TrajectoryBuffer
+from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
+PING_TIMEOUT_S = 30.0
 SELF_CHECK_PROMPTS = 16
 HISTORY = 16  # steps
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the roles count from their start, at one moment."""
+
+    at: float  # perf_counter
+    spent: dict[str, float]
+    generators: list[dict[str, Any]]
+    reward: dict[str, float]
 
 
 @dataclass
@@ -40,6 +52,7 @@ class Run:
     view: LiveView
     supervisor: Supervisor
     learner: LearnerGroup
+    rewards: Member
     evaluation: Evaluation | None
     prompts: list[Prompt]
     started: float  # unix time of the command
@@ -52,41 +65,77 @@ class Run:
     _roles: dict[str, str] = field(default_factory=dict)
     _boundary: tuple[int, int] = (0, 0)
     _busy_s: float = 0.0
-    _taken_at: float = field(default_factory=time.time)
+    _flowing: Counters | None = None  # as they were when the first prompt went out
+    _logged_at: float = 0.0
+    _asked_at: float = 0.0
+    _push: asyncio.Task[dict[str, float]] | None = None
 
     # ---- the verbs of a step
 
-    async def take(self) -> pa.Table | None:
+    async def take(self) -> Batch | None:
         """Lease what may be leased, then wait for the next batch; None if a stop was asked for."""
         self._doing("learner", "waiting for rollouts")
+        if self._flowing is None:
+            self._flowing = await self._counters()
+            self._logged_at = self._asked_at = time.time()
         self._boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
-        await self.supervisor.admit(self.step)
+        await self.supervisor.admit()
         return await self.supervisor.take(self.step, self.stop)
 
-    async def update(self, batch: pa.Table) -> dict[str, float]:
+    async def update(self, batch: Batch) -> dict[str, float]:
+        """The learner's PPO step; meanwhile the generators are asked what they did."""
         self._doing("learner", f"update of step {self.step + 1}")
         folder = self.files.folder / "trajectories"
-        return await self.learner.update(batch, self.step + 1, self.step, folder)
+        learned, rollout = await asyncio.gather(
+            self.learner.update(batch, self.step + 1, self.step, folder), self._rollout_rates()
+        )
+        since, self._logged_at = time.time() - self._logged_at, time.time()
+        return {
+            **learned,
+            **rollout,
+            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / since,
+            "rollout/samples_per_s": self.config.batch_size / since,
+            "reward/dropped": float(self.supervisor.ledger.num_dropped),
+        }
 
     async def publish(self, version: int) -> dict[str, float]:
-        """Push the learner's weights as `version`; returns once every generator has proved them."""
+        """Write the learner's weights as `version` and push them to the generators.
+
+        Synchronous runs wait until every generator has proved them. Otherwise the learner goes on
+        and the push ends beside its next step; the metrics are then those of the push before."""
+        metrics = await self.proved()  # two segments take turns: the last push must have ended
         self._doing("learner", f"publishing version {version}")
         started = time.perf_counter()
         update = await self.learner.publish(version)
-        proofs = await self.supervisor.receive_weights(update)
+        self._event_of(update, time.perf_counter() - started)
+        self._push = asyncio.create_task(self._pushed(update, started))
+        self.supervisor.watch(self._push)
+        return await self.proved() if self.config.max_staleness == 0 else metrics
+
+    async def proved(self) -> dict[str, float]:
+        """Once every generator has proved what was last published: metrics of that push."""
+        push, self._push = self._push, None
+        return await push if push is not None else {}
+
+    async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
+        proofs = await self.supervisor.push(update)
         seconds = time.perf_counter() - started
+        if self.config.max_staleness and self._flowing is not None:
+            await self.supervisor.admit()
+        return {
+            "weights/push_s": seconds,
+            "weights/bytes": float(update.payload_bytes or self.learner.push_bytes),
+            "weights/probe_difference_max": max(proof["probe_difference"] for proof in proofs),
+        }
+
+    def _event_of(self, update: WeightUpdate, seconds: float) -> None:
         self.files.event(
             "weights_published",
-            version=version,
-            step=version,
+            version=update.version,
+            step=update.version,
             digest=update.digests[0] if len(update.digests) == 1 else list(update.digests),
             seconds=round(seconds, 4),
         )
-        return {
-            "weights/push_s": seconds,
-            "weights/bytes": float(self.learner.push_bytes),
-            "weights/probe_difference_max": max(proof["probe_difference"] for proof in proofs),
-        }
 
     async def checkpoint(self) -> None:
         started = time.perf_counter()
@@ -94,7 +143,7 @@ class Run:
         await self.learner.save(aside / checkpoints.LEARNER)
         (aside / checkpoints.DRIVER).write_text(json.dumps(self._driver_state()))
         buffer = TrajectoryBuffer() if self._forgets_leases() else self.supervisor.buffer
-        buffer.save(aside / checkpoints.BUFFER)
+        await self.learner.save_trajectories(buffer.contents(), aside / checkpoints.BUFFER)
         checkpoints.commit(aside, self.step, self.config.checkpoint.keep)
         self.files.event("checkpoint_saved", step=self.step)
         self.spent("checkpoint", time.perf_counter() - started)
@@ -103,6 +152,7 @@ class Run:
         """Held-out evaluation of the published policy; {} without one in the config."""
         if self.evaluation is None:
             return {}
+        await self.proved()
         started = time.perf_counter()
         self.view.stage("held-out evaluation")
         if self.step == 0:
@@ -165,7 +215,9 @@ class Run:
         self.step = checkpoint.step
         self.supervisor.stream.cursor = state["cursor"]
         self.supervisor.ledger.restore(state["ledger"])
-        self.supervisor.buffer.restore(checkpoint.buffer)
+        saved = pq.read_table(checkpoint.buffer)
+        keys = zip(saved["prompt_id"].to_pylist(), saved["epoch"].to_pylist(), strict=True)
+        self.supervisor.buffer.add(dict.fromkeys(keys), self.host.share(saved))
         self.seconds = state["seconds"]
         self.files.rewind(checkpoint.step, state["num_dropped"])
         self.files.event("resumed", step=checkpoint.step)
@@ -203,44 +255,36 @@ class Run:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds
         return seconds
 
-    async def rollout_metrics(self, batch: pa.Table) -> dict[str, float]:
-        """What the batch shows of generation and scoring; rates are over the time since the last."""
-        since, self._taken_at = time.time() - self._taken_at, time.time()
-        scores = batch["score"].to_numpy()
-        lengths = pc.list_value_length(batch["completion_ids"]).to_numpy()  # type: ignore[attr-defined]
-        staleness = self.step - batch["policy_version"].to_numpy()
-        truncated = pc.mean(pc.equal(batch["finish_reason"], "length"))  # type: ignore[attr-defined]
+    async def role_times(self) -> Times:
+        """What each role did since the first prompt went out; {} if none did."""
+        if (before := self._flowing) is None:
+            return {}
+        now = await self._counters()
+        pairs = zip(now.generators, before.generators, strict=True)
+        reward = since(now.reward, before.reward)
+        return role_times(
+            now.at - before.at,
+            since(now.spent, before.spent),
+            [since(*pair) for pair in pairs],
+            {"busy_s": reward["reward/busy_s"]},
+        )
+
+    async def _counters(self) -> Counters:
         statuses = await self.supervisor.statuses()
+        reward = await ask(self.rewards, self.rewards.handle.stats, within=PING_TIMEOUT_S)
+        return Counters(time.perf_counter(), dict(self.seconds), statuses, reward)
+
+    async def _rollout_rates(self) -> dict[str, float]:
+        """What the generators did since they were last asked."""
+        statuses = await self.supervisor.statuses()
+        since, self._asked_at = time.time() - self._asked_at, time.time()
         busy = sum(status["busy_s"] for status in statuses)
-        generating = max(busy - self._busy_s, 1e-9)
+        generating = max(busy - self._busy_s, 1e-9) / len(statuses)
         self._busy_s = busy
         for member, status in zip(self.supervisor.generators, statuses, strict=True):
             self._doing(member.name, f"{status['running']} running, {status['waiting']} waiting")
-        self.spent("generation", generating / len(statuses))
-        metrics = {
-            "rollout/completion_tokens": float(lengths.sum()),
-            "rollout/completion_tokens_mean": float(lengths.mean()),
-            "rollout/tokens_per_s": float(lengths.sum() / since),
-            "rollout/samples_per_s": len(lengths) / since,
-            "rollout/generator_busy_share": generating / len(statuses) / since,
-            "rollout/truncated_fraction": float(truncated.as_py()),
-            "reward/score_mean": float(scores.mean()),
-            "reward/score_sd": float(scores.std()),
-            "reward/score_s_mean": float(batch["score_s"].to_numpy().mean()),
-            "reward/dropped": float(self.supervisor.ledger.num_dropped),
-            "staleness/mean": float(staleness.mean()),
-            "staleness/max": float(staleness.max()),
-        }
-        return metrics | _part_means(batch)
-
-
-def _part_means(batch: pa.Table) -> dict[str, float]:
-    rows = [dict(parts) for parts in batch["score_parts"].to_pylist()]
-    names = sorted({name for row in rows for name in row})
-    return {
-        f"reward/part/{name}": float(np.mean([row[name] for row in rows if name in row]))
-        for name in names
-    }
+        self.spent("generation", generating)
+        return {"rollout/generator_busy_share": generating / since}
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:

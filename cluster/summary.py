@@ -29,6 +29,7 @@ async def finish(run: Run) -> None:
         "wall_s": round(time.time() - run.started, 1),
         "first_token_s": round(min(first_tokens) - run.started, 1) if first_tokens else None,
         "timing": {role: round(seconds, 2) for role, seconds in run.seconds.items()},
+        "roles": await run.role_times(),
         "versions": versions(),
         **_held_out(run),
     }

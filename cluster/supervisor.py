@@ -3,30 +3,34 @@
     admit (stream -> ledger -> generators)   as many prompts as the staleness bound allows
     collect (generators -> ledger, buffer)   one task a generator, a long poll each
     take (buffer -> the loop)                waits until the ledger says that a step is ready
+    push (learner -> generators)             until each has proved the new weights
 
-`take` waits for `collect`, is unblocked by it, and fails with it: a generator that died, hangs or
-raised ends the wait at once with a RoleFailed that names it.
+`take` waits for `collect`, is unblocked by it, and fails with it or with a push: a generator that
+died, hangs or raised ends the wait at once with a RoleFailed that names it. What passes through here
+are names, counts and references; trajectories stay where they are until the learner reads them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pyarrow as pa
-
 from actors.prompts import PromptStream
 from actors.rollout_worker import Dropped, Rollouts
-from actors.trajectory import Prompt
+from actors.trajectory import Key, Prompt
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.ledger import Ledger
-from cluster.placement import Host, Member, RoleFailed, ask
-from learner.trajectory_buffer import TrajectoryBuffer
+from cluster.placement import Host, Member, RoleFailed, ask, ask_beside
+from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
 POLL_S = 1.0
 PING_TIMEOUT_S = 30.0
+# Seconds for which a generator gathers before it answers, for each generator there is: the driver
+# then takes a thousand answers a second at most, however many generators there are.
+LINGER_S = 1e-3
 
 
 class Supervisor:
@@ -48,27 +52,31 @@ class Supervisor:
         self._timeout_s = rollout_timeout_s
         self._on_drop = on_drop
         self._load = [0] * len(generators)  # prompts out, by generator
-        self._holder: dict[tuple[str, int], int] = {}
+        self._holder: dict[Key, int] = {}
         self._changed = asyncio.Event()
         self._collectors: list[asyncio.Task[None]] = []
-        self._version = 0
+        self._push: asyncio.Task[Any] | None = None
+        # In a synchronous run each answers once a step, and the step waits for it.
+        self._linger_s = LINGER_S * (len(generators) - 1) if ledger.max_staleness else 0.0
+        self.version = 0  # that every generator has proved
 
     # ---- the flow of prompts
 
-    async def admit(self, version: int) -> None:
-        """Lease prompts up to the staleness bound and hand them to the generators."""
-        self._version = version
-        prompts = [next(self.stream) for _ in range(max(0, self.ledger.capacity(version)))]
+    async def admit(self) -> None:
+        """Lease prompts up to the staleness bound and hand them to the generators. What is leased
+        now is sampled from the proved version or a newer one."""
+        prompts = [next(self.stream) for _ in range(max(0, self.ledger.capacity(self.version)))]
         for prompt in prompts:
-            self.ledger.lease(prompt, version)
+            self.ledger.lease(prompt, self.version)
         await self._submit(prompts)
 
     async def resubmit(self) -> None:
         """After a resume: what was out when the checkpoint was made goes out again."""
         await self._submit(self.ledger.outstanding())
 
-    async def take(self, version: int, stop: asyncio.Event) -> pa.Table | None:
-        """The next step's trajectories; None if `stop` was set first."""
+    async def take(self, version: int, stop: asyncio.Event) -> Batch | None:
+        """The trajectories of the learner's next step, it being at `version`; None if `stop` was set
+        first."""
         while (keys := self.ledger.ready(version)) is None:
             if stop.is_set():
                 return None
@@ -78,23 +86,30 @@ class Supervisor:
         return self.buffer.take(keys)
 
     async def _wait(self, stop: asyncio.Event) -> None:
-        """Until something changed, a collector failed, or a stop is asked for."""
+        """Until something changed, a collector or a push failed, or a stop is asked for."""
         self._collect()
         waits = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(stop.wait())]
-        await asyncio.wait([*waits, *self._collectors], return_when=asyncio.FIRST_COMPLETED)
+        pushes = [self._push] if self._push is not None else []
+        watched: list[asyncio.Task[Any]] = [*self._collectors, *pushes]
+        await asyncio.wait([*waits, *watched], return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        for collector in self._collectors:
-            if collector.done():
-                collector.result()  # raises what it failed of
+        for task in watched:
+            if task.done():
+                task.result()  # raises what it failed of
+        if self._push is not None and self._push.done():
+            self._push = None
 
     async def _submit(self, prompts: list[Prompt]) -> None:
         shares: list[list[Prompt]] = [[] for _ in self.generators]
+        # The least busy one, the first of equals: the same deal in every synchronous run.
+        by_load = [(load, place) for place, load in enumerate(self._load)]
+        heapq.heapify(by_load)
         for prompt in prompts:
-            # The least busy one, the first of equals: the same deal in every synchronous run.
-            place = min(range(len(shares)), key=lambda i: (self._load[i], i))
+            load, place = by_load[0]
+            heapq.heapreplace(by_load, (load + 1, place))
             shares[place].append(prompt)
-            self._load[place] += 1
+            self._load[place] = load + 1
             self._holder[prompt.prompt_id, prompt.epoch] = place
         calls = [
             ask(member, member.handle.submit, share, within=PING_TIMEOUT_S)
@@ -120,12 +135,16 @@ class Supervisor:
         member = self.generators[place]
         last_heard = time.monotonic()
         while True:
-            rollouts: Rollouts = await ask(
-                member, member.handle.take, POLL_S, within=POLL_S + PING_TIMEOUT_S
+            rollouts, chunk = await ask_beside(
+                member,
+                member.handle.take,
+                POLL_S,
+                self._linger_s,
+                within=POLL_S + PING_TIMEOUT_S,
             )
-            if rollouts.trajectories or rollouts.dropped:
+            if rollouts:
                 last_heard = time.monotonic()
-                await self._receive(place, rollouts)
+                await self._receive(rollouts, chunk)
             elif not self._load[place]:
                 last_heard = time.monotonic()
             elif time.monotonic() - last_heard > self._timeout_s:
@@ -133,8 +152,9 @@ class Supervisor:
             else:
                 await ask(member, member.handle.status, within=self._timeout_s)
 
-    async def _receive(self, place: int, rollouts: Rollouts) -> None:
-        for key in self.buffer.add(rollouts.trajectories):
+    async def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
+        self.buffer.add(rollouts.finished, chunk)
+        for key in rollouts.finished:
             self.ledger.finish(key)
             self._release(key)
         for dropped in rollouts.dropped:
@@ -143,10 +163,10 @@ class Supervisor:
             self._release(key)
             self._on_drop(dropped)
         if rollouts.dropped:
-            await self.admit(self._version)  # others take their places
+            await self.admit()  # others take their places
         self._changed.set()
 
-    def _release(self, key: tuple[str, int]) -> None:
+    def _release(self, key: Key) -> None:
         self._load[self._holder.pop(key)] -= 1
 
     def _out_there(self, place: int) -> str:
@@ -159,10 +179,17 @@ class Supervisor:
         agreed = await self._each(lambda it: it.agree_layout, layout, within=PING_TIMEOUT_S)
         assert set(agreed) == {layout.id}
 
-    async def receive_weights(self, update: WeightUpdate) -> list[dict[str, float]]:
-        """Returns when every generator has proved the new version."""
+    async def push(self, update: WeightUpdate) -> list[dict[str, float]]:
+        """Returns each generator's proof, when all have proved the new version; from then on it
+        counts as the version that prompts are leased at."""
         shared = self._host.share(update) if update.payload else update
-        return await self._each(lambda it: it.receive_weights, shared, within=self._timeout_s)
+        proofs = await self._each(lambda it: it.receive_weights, shared, within=self._timeout_s)
+        self.version = update.version
+        return proofs
+
+    def watch(self, push: asyncio.Task[Any]) -> None:
+        """Let `take` fail with this push, which nobody awaits yet."""
+        self._push = push
 
     async def statuses(self, within: float = PING_TIMEOUT_S) -> list[dict[str, Any]]:
         return await self._each(lambda it: it.status, within=within)
@@ -180,9 +207,10 @@ class Supervisor:
         return [answers[i % count][i // count] for i in range(len(prompts))]
 
     async def close(self) -> None:
-        for collector in self._collectors:
-            collector.cancel()
-        await asyncio.gather(*self._collectors, return_exceptions=True)
+        tasks = [*self._collectors, *([self._push] if self._push is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _each(self, method: Callable[[Any], Any], *args: Any, within: float) -> list[Any]:
         calls: Iterable[Any] = (

@@ -2,12 +2,13 @@
 
     take        waits for the supervisor until a batch of scored trajectories is ready
     update      the learner's PPO step on it: all epochs, minibatches and microbatches
-    publish     new weights to every generator; returns when each has proved them
+    publish     new weights to every generator, each of which proves them before it samples on
     log         one line of metrics; a warning if the score rises while the KL leaves its bound
     checkpoint  everything needed to go on exactly here
 
 With max_staleness 0 these follow one another strictly. Above it, generators keep rolling out while
-the learner learns: `take` finds most of its batch there already.
+the learner learns: `take` finds most of its batch there already, and a push ends beside the next
+update.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ async def train(run: Run) -> None:
         if batch is None:
             break
         waited = run.spent("waiting for rollouts", time.perf_counter() - started)
-        metrics = await run.rollout_metrics(batch)
 
         updating = time.perf_counter()
-        metrics |= await run.update(batch)
+        metrics = await run.update(batch)
         metrics["time/update_s"] = run.spent("update", time.perf_counter() - updating)
+        publishing = time.perf_counter()
         metrics |= await run.publish(run.step + 1)
         run.step += 1
-        metrics["time/publish_s"] = run.spent("publish", metrics["weights/push_s"])
+        metrics["time/publish_s"] = run.spent("publish", time.perf_counter() - publishing)
 
         last = run.step == config.num_steps
         if run.evaluation_due(last):
@@ -49,5 +50,6 @@ async def train(run: Run) -> None:
         if last or run.step % config.checkpoint.every == 0:
             await run.checkpoint()
             saved = run.step
+    await run.proved()
     if run.stop.is_set() and run.step not in (saved, config.num_steps):
         await run.checkpoint()

@@ -29,8 +29,9 @@ class LearnerConfig(StrictModel):
     ranks: PositiveInt = 1
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
     max_tokens_per_microbatch: PositiveInt = 8192
-    logprob_chunk_rows: PositiveInt = 1024  # rows of [rows, vocabulary] that exist at once
+    logprob_chunk_rows: PositiveInt = 256  # rows of [rows, vocabulary] that exist at once
     activation_checkpointing: bool = False
+    cpu_offload: bool = False  # weights and optimizer wait in the host's memory; needs a GPU
     timeout_s: PositiveFloat = 600.0  # of one update, and of one collective
 
 

@@ -13,6 +13,9 @@ LEARNER_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
+    # Huge pages for what is allocated: a forward pass gathers its weights into new memory, and on
+    # CPU the page faults of that take longer than the copying.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -41,6 +44,7 @@ class LearnerSpec:
     num_steps: int
     push_dtype: str
     probe_ids: tuple[int, ...]
+    push_delta: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
@@ -22,12 +23,13 @@ from learner import checkpoint
 from learner.batch import TrajectoryBatch
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples
 from learner.packing import PackedRows, unpack
-from learner.policy import PolicyModel, load_policy, load_value_model
+from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
 from learner.process_group import free_address, join
+from learner.rollout_metrics import rollout_metrics
 from learner.supervised import SupervisedRows, load_supervised
 from learner.sweep import Models, Share, sweep
-from learner.weight_publisher import WeightPublisher
+from learner.weight_publisher import WeightPublisher, unsharded
 
 
 class LearnerWorker:
@@ -63,7 +65,11 @@ class LearnerWorker:
         torch.manual_seed(spec.seed)
         device = torch.device(mesh.device_type)
         self._share = Share(
-            self._rank, rendezvous.world_size, spec.learner.max_tokens_per_microbatch, device
+            self._rank,
+            rendezvous.world_size,
+            spec.learner.max_tokens_per_microbatch,
+            device,
+            even_length(models.policy),
         )
         self._update = PPOUpdate(
             models,
@@ -78,18 +84,28 @@ class LearnerWorker:
     def prepare_publish(self, segment: str | None) -> WeightLayout:
         """`segment`: path stem in shared memory that generators can map, or None."""
         self._publisher = WeightPublisher(
-            self._update.models.policy, dtype=self._spec.push_dtype, segment=segment
+            self._update.models.policy,
+            dtype=self._spec.push_dtype,
+            segment=None if self._spec.push_delta else segment,
+            delta=self._spec.push_delta,
         )
         return self._publisher.layout
 
     def publish(self, version: int) -> WeightUpdate | None:
         """Write the weights as `version`; the update on rank 0."""
         assert self._publisher is not None, "prepare_publish comes first"
-        return self._publisher.publish(version, self._probe())
+        return self._publisher.publish(version, self._probe)
+
+    def last_update(self) -> WeightUpdate | None:
+        """What was last published, in full, for a generator that holds no version yet; on rank 0.
+        No collective, and whatever the weights have become since."""
+        assert self._publisher is not None, "prepare_publish comes first"
+        return self._publisher.last_update()
 
     def update(self, table: pa.Table, step: int, version: int, folder: str) -> Metrics:
         """One PPO step on a batch of trajectories; rank 0 writes them, with what was made of them, to
-        `folder`. Returns metrics that are the same on every rank but for memory and time."""
+        `folder`. Returns metrics, the same on every rank but for memory and time; on rank 0 also
+        what the batch shows of generation and scoring."""
         started = time.perf_counter()
         batch = TrajectoryBatch.of(table)
         ppo, metrics = self._update.update(batch, step)
@@ -97,6 +113,7 @@ class LearnerWorker:
             _write_table(
                 ppo.learned_columns(step, version), Path(folder) / f"step-{step:06d}.parquet"
             )
+            metrics |= rollout_metrics(table, version)
         seconds = time.perf_counter() - started
         return metrics | {
             "learner/tokens_per_s": sum(batch.lengths) / seconds,
@@ -133,7 +150,10 @@ class LearnerWorker:
         """The probe's logprobs under the weights as they are now: what a generator must answer."""
         ids = self._spec.probe_ids
         packed = PackedRows.build([list(ids)], [1]).to(self._share.device)
-        logprobs: Tensor = self._update.models.policy(packed)[0]
+        policy = self._update.models.policy
+        if dist.get_world_size() == 1 and self._spec.learner.dtype == "float32":
+            policy = unsharded(policy)
+        logprobs: Tensor = policy(packed)[0]
         row = unpack(logprobs.cpu(), packed.completion_lengths, len(ids) - 1)[0]
         return Probe(ids, tuple(row.tolist()))
 

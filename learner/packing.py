@@ -17,6 +17,7 @@ same rows are V(s_j). `unpack` turns [N] into the padded [b,C] of the PPO maths,
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,18 +26,24 @@ import torch
 from torch import Tensor
 
 
-def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices of `lengths` (tokens) for each rank, ascending; totals about equal, deterministic.
+def work(lengths: Sequence[int], even_length: float) -> list[float]:
+    """What each sequence costs, in tokens of matrix work: its tokens, and its attention, which grows
+    with the square and at `even_length` tokens costs as much as the matrices do."""
+    return [length * (1.0 + length / even_length) for length in lengths]
 
-    Greedy, longest first, to the rank with the fewest tokens (Graham's LPT: at most 4/3 of the
-    best maximum). No rank is left empty while there are sequences for it (lengths are at least 1).
+
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices of `costs` (tokens or work) for each rank, ascending; sums about equal, deterministic.
+
+    Greedy, dearest first, to the rank with the least so far (Graham's LPT: at most 4/3 of the
+    best maximum). No rank is left empty while there are sequences for it (each costs at least 1).
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
-    heap = [(0, rank) for rank in range(ranks)]  # tokens so far
-    for index in _longest_first(lengths):
-        tokens, rank = heap[0]
+    heap = [(0.0, rank) for rank in range(ranks)]  # cost so far
+    for index in _longest_first(costs):
+        cost, rank = heap[0]
         shares[rank].append(index)
-        heapq.heapreplace(heap, (tokens + lengths[index], rank))
+        heapq.heapreplace(heap, (cost + costs[index], rank))
     return [sorted(share) for share in shares]
 
 
@@ -57,13 +64,17 @@ def microbatches(
     return even if fits else bins + [[] for _ in range(count - len(bins))]
 
 
-def plan(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def plan(
+    lengths: Sequence[int], ranks: int, max_tokens: int, even_length: float = math.inf
+) -> list[list[list[int]]]:
     """[rank][microbatch] -> indices of `lengths`, every index once.
 
-    All ranks get the same number of microbatches, because each forward is a collective; where a
-    rank has too few sequences some are empty lists, and PackedRows.build makes those runnable.
+    Ranks get about equal work, microbatches of a rank about equal tokens: time is shared by the one,
+    memory bounded by the other. All ranks get the same number of microbatches, because each forward
+    is a collective; where a rank has too few sequences some are empty lists, and PackedRows.build
+    makes those runnable.
     """
-    shares = balance(lengths, ranks)
+    shares = balance(work(lengths, even_length), ranks)
     share_lengths = [[lengths[i] for i in share] for share in shares]
     count = max(len(_first_fit(own, max_tokens)) for own in share_lengths)
     return [
@@ -146,7 +157,7 @@ def pack(padded: Tensor, completion_lengths: Sequence[int]) -> Tensor:
     return padded[completion_mask(completion_lengths, padded.shape[1], padded.device)]
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
+def _longest_first(lengths: Sequence[float]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 

@@ -7,6 +7,7 @@ equally often, with an empty share if need be.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from learner.config import LearnerConfig
 from learner.logprobs import token_logprobs
 from learner.packed_attention import use_packed_attention
 from learner.packing import PackedRows
+
+# Layers smaller than this share a collective: a call costs the same however little it gathers.
+UNIT_BYTES = 32 * 2**20
 
 
 class PolicyModel(nn.Module):
@@ -90,6 +100,14 @@ def _zero_head(hidden_size: int) -> nn.Linear:
     return head
 
 
+def even_length(model: PolicyModel) -> float:
+    """Tokens at which a sequence's attention costs as much as the matrices of the layers: per token
+    and layer these are 2 * parameters operations, causal attention over n tokens 2 * hidden * n."""
+    layers = model.lm.base_model.layers
+    parameters = sum(p.numel() for p in layers.parameters()) / len(layers)
+    return parameters / model.lm.config.hidden_size
+
+
 def load_policy(
     folder: str,
     mesh: DeviceMesh,
@@ -104,7 +122,7 @@ def load_policy(
     def build(source: Any) -> PolicyModel:
         return PolicyModel(source, chunk_rows=config.logprob_chunk_rows, value_head=value_head)
 
-    hf_config = _prepared(AutoConfig.from_pretrained(folder))
+    hf_config = _prepared(AutoConfig.from_pretrained(folder), folder)
     full = None
     if dist.get_rank() == 0:
         full = build(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
@@ -132,7 +150,7 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     """A critic from a language model's backbone (head zero) or from a reward model, head included."""
     from transformers import AutoConfig, AutoModel
 
-    hf_config = _prepared(AutoConfig.from_pretrained(folder))
+    hf_config = _prepared(AutoConfig.from_pretrained(folder), folder)
     full = None
     if dist.get_rank() == 0:
         full = ValueModel(AutoModel.from_pretrained(folder, dtype=torch.float32))
@@ -143,8 +161,18 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     return _shard(empty, empty.trunk, full, mesh, config)
 
 
-def _prepared(hf_config: Any) -> Any:
-    """A copy of its own: models that share a config object share their attention setting too."""
+def _prepared(hf_config: Any, folder: str) -> Any:
+    """A copy of its own: models that share a config object share their attention setting too.
+
+    Dropout is refused: the same weights must answer the same twice, or no ratio would start at 1.
+    """
+    for name, value in hf_config.to_dict().items():
+        of_trunk = ("drop" in name) and not name.startswith(("classifier", "summary"))
+        if of_trunk and isinstance(value, float) and value > 0:
+            raise ValueError(
+                f"{folder}: {name} is {value} in config.json; dropout would move every ratio away "
+                "from 1, set it to 0"
+            )
     hf_config = copy.deepcopy(hf_config)
     hf_config.use_cache = False
     return hf_config
@@ -166,7 +194,7 @@ def _copy_score_head(folder: str, hf_config: Any, head: nn.Linear) -> None:
 def _shard(
     model: Any, hf_model: Any, full: nn.Module | None, mesh: DeviceMesh, config: LearnerConfig
 ) -> Any:
-    """fully_shard each layer and the whole, then fill the shards from rank 0's full weights."""
+    """fully_shard layers and the whole, then fill the shards from rank 0's full weights."""
     trunk = getattr(hf_model, "base_model", hf_model)
     if not hasattr(trunk, "layers"):
         raise ValueError(
@@ -178,17 +206,24 @@ def _shard(
         param_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
         reduce_dtype=torch.float32,
     )
-    for layer in trunk.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    offload = _offload(config, mesh)
+    for unit in _units(trunk.layers):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
     # True on the root too: else its parameters stay whole after a forward pass without gradient,
     # and clip_grad_norm_ then leaves them out without a word.
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=precision,
+        offload_policy=offload,
+        reshard_after_forward=True,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are normalised globally, so gradients are plain sums.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=mesh.device_type)
+    model.to_empty(device="cpu" if config.cpu_offload else mesh.device_type)
     if hasattr(hf_model, "tie_weights"):
         hf_model.tie_weights()
     set_model_state_dict(
@@ -196,14 +231,41 @@ def _shard(
         full.state_dict() if full is not None else {},
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
     )
-    _fill_buffers(model, full)
+    _fill_buffers(model, full, mesh.device_type)
     return model
 
 
-def _fill_buffers(model: nn.Module, full: nn.Module | None) -> None:
-    """Rotary tables and other buffers are in no state dict: to_empty() left garbage in them."""
-    given = dict(full.named_buffers()) if full is not None else {}
-    for name, buffer in model.named_buffers():
-        if given:
-            buffer.copy_(given[name])
-        dist.broadcast(buffer, 0)
+def _offload(config: LearnerConfig, mesh: DeviceMesh) -> OffloadPolicy:
+    if config.cpu_offload and mesh.device_type == "cpu":
+        raise ValueError(
+            "learner.cpu_offload: true, but the learner has no GPU to offload from; remove it"
+        )
+    return CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+
+
+def _units(layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """Consecutive layers that are gathered together, in units of UNIT_BYTES or more; what is left
+    over at the end is gathered with the embeddings."""
+    units: list[list[nn.Module]] = []
+    unit: list[nn.Module] = []
+    for layer in layers:
+        unit.append(layer)
+        weights = [parameter for one in unit for parameter in one.parameters()]
+        if sum(weight.numel() * weight.element_size() for weight in weights) >= UNIT_BYTES:
+            units.append(unit)
+            unit = []
+    return units
+
+
+def _fill_buffers(model: nn.Module, full: nn.Module | None, device: str) -> None:
+    """Rotary tables and other buffers are in no state dict: to_empty() left garbage in them. They
+    stand on the computing device even where the weights wait on the CPU."""
+    given = dict(full.named_buffers(remove_duplicate=False)) if full is not None else {}
+    for path, module in model.named_modules():
+        own = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, buffer in list(own):
+            filled = torch.empty_like(buffer, device=device)
+            if given:
+                filled.copy_(given[f"{path}.{name}" if path else name])
+            dist.broadcast(filled, 0)
+            setattr(module, name, filled)

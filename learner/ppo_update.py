@@ -86,9 +86,7 @@ class PPOUpdate:
             last = position == len(microbatches) - 1
             _sync_gradients(self.models.value, last)
             _sync_gradients(self.models.policy, last and self._ptx_batches is None)
-            loss, metrics = self._losses(ppo, chosen, counts)
-            loss.backward()
-            for name, value in metrics.items():
+            for name, value in self._backward(_Rows(ppo, chosen, self._share), counts).items():
                 is_max = name.endswith("_max")
                 old = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(old, value) if is_max else old + value
@@ -113,63 +111,63 @@ class PPOUpdate:
             optimizer.step()
         return metrics
 
-    def _losses(
-        self, ppo: PPOBatch, indices: list[int], counts: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one microbatch, and its share of the minibatch's metrics. No indices: zero."""
-        config, batch, device = self._config, ppo.trajectories, self._share.device
-        packed = self._share.pack(batch, indices)
-        width = batch.loss_mask.shape[1]
-
-        def rows(values: Tensor) -> Tensor:
-            return unpack(values, packed.completion_lengths, width)
-
-        def given(whole: Tensor) -> Tensor:
-            return whole[indices].to(device)
-
-        mask = given(batch.loss_mask)
-        flat_logprobs, flat_entropy, shared_values = self.models.policy(
-            packed, batch.temperature, config.entropy_coef > 0
+    def _backward(self, rows: _Rows, counts: tuple[int, int]) -> dict[str, Tensor]:
+        """Adds the gradients of one microbatch; returns its share of the minibatch's metrics."""
+        config, separate = self._config, self.models.value
+        temperature = rows.ppo.trajectories.temperature
+        logprobs, entropy, values = self.models.policy(
+            rows.packed, temperature, config.entropy_coef > 0
         )
-        logprobs, entropy = rows(flat_logprobs), rows(flat_entropy)
-        weights = None
+        loss, metrics = self._policy_loss(rows, logprobs, entropy, counts[0])
+        metrics["value_loss"] = torch.zeros_like(loss)
+        if separate is not None:
+            loss.backward()  # frees the policy's activations before the critic makes its own
+            values = separate(rows.packed)
+        if config.uses_critic:
+            critic_loss, critic_metrics = value_loss(
+                rows.of(values),
+                rows.given(rows.ppo.values),
+                rows.given(rows.ppo.returns),
+                rows.given(rows.ppo.value_mask),
+                value_clip_range=config.value_clip_range,
+                num_loss_tokens=counts[1],
+            )
+            metrics |= {**critic_metrics, "value_loss": critic_loss}
+            scaled = config.value_coef * critic_loss
+            loss = scaled if separate is not None else loss + scaled
+        loss.backward()
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _policy_loss(
+        self, rows: _Rows, flat_logprobs: Tensor, flat_entropy: Tensor, count: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped loss with its entropy and KL terms; both arguments [N] of the packed rows."""
+        config, ppo = self._config, rows.ppo
+        logprobs, mask = rows.of(flat_logprobs), rows.given(ppo.trajectories.loss_mask)
+        old_logprobs, weights = rows.given(ppo.old_logprobs), None
         if config.behavior_ratio_cap is not None:
-            ratio = (ppo.old_logprobs - batch.behavior_logprobs).exp()
-            weights = given(ratio.clamp(max=config.behavior_ratio_cap))
+            ratio = (old_logprobs - rows.given(ppo.trajectories.behavior_logprobs)).exp()
+            weights = ratio.clamp(max=config.behavior_ratio_cap)
         loss, metrics = policy_loss(
             logprobs,
-            given(ppo.old_logprobs),
-            given(ppo.advantages),
+            old_logprobs,
+            rows.given(ppo.advantages),
             mask,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
             ratio=config.ratio,
             behavior_weights=weights,
-            num_loss_tokens=counts[0],
+            num_loss_tokens=count,
         )
-        metrics = {**metrics, "policy_loss": loss.detach()}
+        metrics = {**metrics, "policy_loss": loss}
         if config.entropy_coef > 0:
-            metrics["entropy_bonus"] = token_mean(entropy, mask, counts[0])
+            metrics["entropy_bonus"] = token_mean(rows.of(flat_entropy), mask, count)
             loss = loss - config.entropy_coef * metrics["entropy_bonus"]
         if config.kl.where == "loss":
-            k3 = kl_estimate(logprobs, given(ppo.ref_logprobs), kind="k3")
-            loss = loss + self.kl_coef * token_mean(k3, mask, counts[0])
-        metrics["value_loss"] = torch.zeros_like(loss).detach()
-        if config.uses_critic:
-            separate = self.models.value
-            values = rows(separate(packed) if separate is not None else shared_values)
-            critic_loss, critic_metrics = value_loss(
-                values,
-                given(ppo.values),
-                given(ppo.returns),
-                given(ppo.value_mask),
-                value_clip_range=config.value_clip_range,
-                num_loss_tokens=counts[1],
-            )
-            metrics |= {**critic_metrics, "value_loss": critic_loss.detach()}
-            loss = loss + config.value_coef * critic_loss
-        return loss, {name: value.detach() for name, value in metrics.items()}
+            k3 = kl_estimate(logprobs, rows.given(ppo.ref_logprobs), kind="k3")
+            loss = loss + self.kl_coef * token_mean(k3, mask, count)
+        return loss, metrics
 
     def _ptx(self, number: int) -> Tensor:
         """Gradients of the pretraining term (PPO-ptx); returns this rank's share of its loss."""
@@ -191,6 +189,24 @@ class PPOUpdate:
         if kl.target is not None:
             error = float(np.clip(kl_to_ref / kl.target - 1.0, -0.2, 0.2))
             self.kl_coef *= 1.0 + error * num_trajectories / kl.horizon
+
+
+class _Rows:
+    """One microbatch: its rows of the batch, packed for the models. No indices: one token, no loss."""
+
+    def __init__(self, ppo: PPOBatch, indices: list[int], share: Share) -> None:
+        self.ppo = ppo
+        self.packed = share.pack(ppo.trajectories, indices)
+        self._indices, self._device = indices, share.device
+
+    def given(self, whole: Tensor) -> Tensor:
+        """The microbatch's rows [b, C] of a tensor [B, C] of the batch."""
+        return whole[self._indices].to(self._device)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """[N] that a model answered -> [b, C]."""
+        width = self.ppo.trajectories.loss_mask.shape[1]
+        return unpack(flat, self.packed.completion_lengths, width)
 
 
 def _sync_gradients(model: nn.Module | None, last: bool) -> None:

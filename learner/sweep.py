@@ -6,6 +6,7 @@ Each rank sweeps its share of the trajectories without gradient; the shares are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,12 +61,13 @@ class Share:
     world_size: int
     max_tokens: int
     device: torch.device
+    even_length: float = math.inf  # see packing.work
 
     def of(self, batch: Sequences, indices: Sequence[int]) -> list[list[int]]:
         """Microbatches of `indices` for this rank; every rank gets equally many."""
         whole = batch.lengths
         lengths = [whole[i] for i in indices]
-        mine = plan(lengths, self.world_size, self.max_tokens)[self.rank]
+        mine = plan(lengths, self.world_size, self.max_tokens, self.even_length)[self.rank]
         return [[int(indices[i]) for i in one] for one in mine]
 
     def pack(self, batch: Sequences, indices: Sequence[int]) -> PackedRows:
@@ -81,12 +83,11 @@ def sweep(batch: Sequences, share: Share, forwards: Sequence[Forward]) -> list[T
     """Each forward over the whole batch: [B, C] float32 on the CPU, zeros behind the completions."""
     width = max(len(ids) for ids in batch.completion_ids)
     whole = torch.zeros(len(forwards), len(batch.lengths), width)
-    microbatches = share.of(batch, range(len(batch.lengths)))
-    for number, forward in enumerate(forwards):
-        for indices in microbatches:
-            packed = share.pack(batch, indices)
-            values = forward(packed).float().cpu()
-            whole[number, indices] = unpack(values, packed.completion_lengths, width)
+    for indices in share.of(batch, range(len(batch.lengths))):
+        packed = share.pack(batch, indices)  # once for all forwards
+        values = torch.stack([forward(packed).float() for forward in forwards]).cpu()
+        for number, flat in enumerate(values):
+            whole[number, indices] = unpack(flat, packed.completion_lengths, width)
     return list(sum_over_ranks(whole))
 
 

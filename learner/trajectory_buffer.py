@@ -1,45 +1,49 @@
-"""Holds finished prompts' trajectories until a step takes them: by value, as Arrow Tables.
+"""Holds finished prompts' trajectories until a step takes them: references, never the tokens.
 
-By value, so that they outlive the generator that made them. What is taken, and when, the ledger says.
+A generator's answer comes as one Table of several prompts (a chunk). The driver owns its reference, so
+a chunk outlives the generator that made it, and goes to the learner unopened. Which prompts are taken,
+and when, the ledger says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from actors.trajectory import Key
 
-from actors.trajectory import Trajectory, from_table, to_table
 
-Key = tuple[str, int]  # prompt_id, epoch
+@dataclass(frozen=True)
+class Batch:
+    """A step's prompts, oldest first, and the chunks that hold their trajectories (among others)."""
+
+    keys: list[Key]
+    chunks: list[Any]
 
 
 class TrajectoryBuffer:
     def __init__(self) -> None:
-        self._tables: dict[Key, pa.Table] = {}
+        self._chunks: dict[Key, Any] = {}  # several keys share one
 
     def __len__(self) -> int:
-        return len(self._tables)
+        """Prompts in it."""
+        return len(self._chunks)
 
-    def add(self, trajectories: Sequence[Trajectory]) -> list[Key]:
-        """Keep whole prompts (all samples of each, together); returns their keys."""
-        keys = []
-        for key, group in groupby(trajectories, key=lambda t: (t.prompt_id, t.epoch)):
-            assert key not in self._tables, f"trajectories of {key} came twice"
-            self._tables[key] = to_table(sorted(group, key=lambda t: t.sample_index))
-            keys.append(key)
-        return keys
+    def add(self, keys: Iterable[Key], chunk: Any) -> None:
+        """Keep a chunk that holds whole prompts: all samples of each."""
+        for key in keys:
+            assert key not in self._chunks, f"trajectories of {key} came twice"
+            self._chunks[key] = chunk
 
-    def take(self, keys: Sequence[Key]) -> pa.Table:
-        """One Table of these prompts' trajectories, in this order."""
-        return pa.concat_tables([self._tables.pop(key) for key in keys]).combine_chunks()
+    def take(self, keys: Sequence[Key]) -> Batch:
+        """These prompts, which leave the buffer; a chunk does with the last of its prompts."""
+        return _batch(keys, [self._chunks.pop(key) for key in keys])
 
-    def save(self, path: Path) -> None:
-        tables = list(self._tables.values()) or [to_table([])]
-        pq.write_table(pa.concat_tables(tables), path)
+    def contents(self) -> Batch:
+        """Everything in it, which stays."""
+        return _batch(list(self._chunks), list(self._chunks.values()))
 
-    def restore(self, path: Path) -> None:
-        self.add(from_table(pq.read_table(path)))
+
+def _batch(keys: Sequence[Key], chunks: Iterable[Any]) -> Batch:
+    return Batch(list(keys), list({id(chunk): chunk for chunk in chunks}.values()))

@@ -2,103 +2,268 @@
 
 On one machine every rank writes its own shards straight into one shared-memory segment, with no
 gather; two segments take turns, so that no generator reads what is being written. Between machines
-each tensor is gathered once, already cast, and travels in the update's payload.
+each tensor is gathered once, already cast, and travels in the update's payload: whole, or as what
+changed since the version before.
+
+Bytes are digested right behind the write, while the cache still has them. Several ranks write parts
+of every bucket, so they digest when all have written, each its share of the buckets.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
-from pathlib import Path
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from actors.weight_update import Probe, WeightLayout, WeightUpdate, digest_buckets
+from actors import weight_delta
+from actors.weight_segment import WrittenSegment
+from actors.weight_update import (
+    ITEM_BYTES,
+    Probe,
+    TensorSpec,
+    WeightLayout,
+    WeightUpdate,
+    digest_bucket,
+)
 from learner.policy import PolicyModel
 
 PREFIX = "lm."  # the wrapper's name for the Hugging Face model
+# From here on the probe is answered beside the writing; with less, the interpreter's lock, which the
+# two threads then pass to and fro, costs more than that saves.
+OVERLAP_BYTES = 64 << 20
+PIECE_BYTES = 2 << 20  # written, then digested: small enough for the cache, large enough for speed
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Numbers of this rank that lie together in the image, in its order. Taken anew each time: a
+    checkpoint or an optimizer may have replaced the parameter's storage."""
+
+    parameter: Tensor
+    start: int  # bytes
+    end: int
+
+    def numbers(self) -> Tensor:
+        local = self.parameter.detach()
+        local = local.to_local() if isinstance(local, DTensor) else local
+        return local.reshape(-1)
 
 
 class WeightPublisher:
-    """One per rank; `publish` is a collective."""
+    """One per rank; all but `last_update` and `close` are collectives."""
 
-    def __init__(self, policy: PolicyModel, *, dtype: str, segment: str | None) -> None:
-        """`segment`: path stem in shared memory, or None if generators cannot map it."""
+    def __init__(
+        self, policy: PolicyModel, *, dtype: str, segment: str | None, delta: bool = False
+    ) -> None:
+        """`segment`: path stem in shared memory, or None if generators cannot map it; then `delta`
+        says whether updates hold only what changed."""
         self._parameters = [
             (name.removeprefix(PREFIX), parameter)
             for name, parameter in policy.named_parameters()
             if name.startswith(PREFIX)
         ]
         self.layout = WeightLayout.of(((n, tuple(p.shape)) for n, p in self._parameters), dtype)
-        self._rank = dist.get_rank()
-        self._segment = segment
-        self._buffers: dict[str, np.ndarray] = {}
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._item = ITEM_BYTES[dtype]
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._delta = delta
+        self._turn = 0
+        self._last: WeightUpdate | None = None  # without its payload
+        self._segments = self._create(segment) if segment is not None else []
+        self._images = [one.data for one in self._segments] or self._private(2 if delta else 1)
+        # A collective too, so here and not when the first version is published.
+        together = self._segments or self._world_size == 1
+        self._runs = list(self._local_runs()) if together else []
 
-    def publish(self, version: int, probe: Probe) -> WeightUpdate | None:
-        """Write this version; the update on rank 0, None on the others."""
-        place = f"{self._segment}-{version % 2}" if self._segment else ""
-        data = self._buffer(place)
-        views = torch.from_numpy(data)
-        for spec, (_, parameter) in zip(self.layout.tensors, self._parameters, strict=True):
-            target = views[spec.offset : spec.offset + spec.num_bytes]
-            target = target.view(getattr(torch, spec.dtype)).view(spec.shape)
-            self._write(parameter.detach(), target)
-        dist.barrier()  # every shard is in place before the bytes are digested
+    def publish(self, version: int, ask_probe: Callable[[], Probe]) -> WeightUpdate | None:
+        """Write this version; the update on rank 0, None on the others. `ask_probe` (a collective of
+        its own) answers the probe from the weights as they are, meanwhile if the ranks allow it."""
+        before, turn = self._turn, (self._turn + 1) % len(self._images)
+        image = self._images[turn]
+        with self._writing(turn):
+            if self._world_size == 1 and self.layout.total_bytes >= OVERLAP_BYTES:
+                # No rank waits for another, so the two need not wait for each other.
+                with ThreadPoolExecutor(1) as writer:
+                    written = writer.submit(_timed, self._write_and_digest, image)
+                    probe, probe_s = _timed(ask_probe)
+                    digests, write_s = written.result()
+            else:
+                alone = self._world_size == 1
+                write = self._write_and_digest if alone else self._write_together
+                digests, write_s = _timed(write, image)
+                probe, probe_s = _timed(ask_probe)
+        self._turn = turn
         if self._rank != 0:
             return None
-        digests = digest_buckets(self.layout, data)
-        payload = () if place else tuple(data[s:e].copy() for s, e in self.layout.buckets)
-        return WeightUpdate(version, self.layout.id, digests, probe, place, payload)
+        last, place = self._last, self._segments[self._turn].path if self._segments else ""
+        self._last = WeightUpdate(
+            version, self.layout.id, digests, probe, place, write_s=write_s, probe_s=probe_s
+        )
+        if place or last is None or not self._delta:
+            return self.last_update()
+        payload, delta_s = _timed(weight_delta.encode, self.layout, self._images[before], image)
+        return replace(self._last, payload=payload, base=last.version, write_s=write_s + delta_s)
+
+    def last_update(self) -> WeightUpdate | None:
+        """The last version in full, on rank 0: for a receiver that holds none."""
+        if self._last is None or self._last.segment:
+            return self._last
+        image = self._images[self._turn]
+        return replace(self._last, payload=tuple(image[s:e].copy() for s, e in self.layout.buckets))
 
     def close(self) -> None:
         """Remove the segments; generators that mapped them keep their copy."""
-        if self._rank == 0:
-            for place in filter(None, self._buffers):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(place)
-        self._buffers.clear()
-
-    def _write(self, parameter: Tensor, target: Tensor) -> None:
-        if not isinstance(parameter, DTensor):
-            target.copy_(parameter)
-        elif self._segment is not None:
-            local = parameter.to_local()
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            if local.numel():
-                target[offset[0] : offset[0] + shape[0]].copy_(local)
-        else:
-            # Cast before the gather: half the bytes, and a copy, never an alias of the live weights.
-            full = parameter.to(target.dtype).full_tensor()
+        for segment in self._segments:
+            segment.close()
             if self._rank == 0:
-                target.copy_(full)
+                segment.remove()
+        self._segments, self._images = [], []
 
-    def _buffer(self, place: str) -> np.ndarray:
-        if place not in self._buffers:
-            self._buffers[place] = self._map(place) if place else _private(self.layout.total_bytes)
-        return self._buffers[place]
+    # ---- writing
 
-    def _map(self, place: str) -> np.ndarray:
-        if self._rank == 0:
-            Path(place).unlink(missing_ok=True)
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            # Not ftruncate: where shared memory is too small, that succeeds and a write kills us.
-            os.posix_fallocate(descriptor, 0, self.layout.total_bytes)
-        dist.barrier()
+    def _write_and_digest(self, image: np.ndarray) -> tuple[str, ...]:
+        """All of it, by this rank alone."""
+        target = torch.from_numpy(image).view(self._dtype)
+        digests, runs = [], iter(self._runs)
+        run = next(runs, None)
+        for start, end in self.layout.buckets:
+            digest, digested = xxhash.xxh3_128(), start
+            while run is not None and run.start < end:
+                for place in self._pieces(run, start, end):
+                    self._copy(run, target, *place)
+                    if place[1] - digested >= PIECE_BYTES:
+                        digest.update(image[digested : place[1]].data)
+                        digested = place[1]
+                if run.end > end:
+                    break
+                run = next(runs, None)
+            digest.update(image[digested:end].data)
+            digests.append(digest.hexdigest())
+        return tuple(digests)
+
+    def _write_together(self, image: np.ndarray) -> tuple[str, ...]:
+        """Every rank its shards and its share of the digests; all digests on rank 0."""
+        if not self._segments:
+            self._gather(image)
+            return self._digests(image, range(len(self.layout.buckets))) if self._rank == 0 else ()
+        target = torch.from_numpy(image).view(self._dtype)
+        for run in self._runs:
+            self._copy(run, target, run.start, run.end)
+        dist.barrier()  # every shard is in place before the bytes are digested
+        num_buckets = len(self.layout.buckets)
+        mine = self._digests(image, range(self._rank, num_buckets, self._world_size))
+        if num_buckets == 1:
+            return mine
+        everyone: list[Any] = [None] * self._world_size
+        dist.gather_object(mine, everyone if self._rank == 0 else None)
         if self._rank != 0:
-            descriptor = os.open(place, os.O_RDWR)
-        try:
-            return np.frombuffer(mmap.mmap(descriptor, self.layout.total_bytes), np.uint8)
-        finally:
-            os.close(descriptor)
+            return ()
+        return tuple(
+            everyone[i % self._world_size][i // self._world_size] for i in range(num_buckets)
+        )
+
+    def _digests(self, image: np.ndarray, buckets: range) -> tuple[str, ...]:
+        return tuple(digest_bucket(image, self.layout.buckets[i]) for i in buckets)
+
+    def _pieces(self, run: _Run, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """[start, end) of a run's bytes within a bucket, PIECE_BYTES at a time."""
+        first, last = max(run.start, start), min(run.end, end)
+        for piece in range(first, last, PIECE_BYTES):
+            yield piece, min(piece + PIECE_BYTES, last)
+
+    def _copy(self, run: _Run, target: Tensor, start: int, end: int) -> None:
+        """Bytes [start, end) of the image, which lie within the run."""
+        item = self._item
+        source = run.numbers()[(start - run.start) // item : (end - run.start) // item]
+        target[start // item : end // item].copy_(source)
+
+    def _gather(self, image: np.ndarray) -> None:
+        target = torch.from_numpy(image).view(self._dtype) if self._rank == 0 else None
+        for spec, (_, parameter) in zip(self.layout.tensors, self._parameters, strict=True):
+            # Cast before the gather: half the bytes, and a copy, never an alias of the live weights.
+            full = parameter.detach().to(self._dtype)
+            full = full.full_tensor() if isinstance(full, DTensor) else full
+            if target is not None:
+                start = spec.offset // self._item
+                target[start : start + full.numel()].copy_(full.reshape(-1))
+
+    # ---- where to write
+
+    def _local_runs(self) -> Iterator[_Run]:
+        """What this rank holds, in the order of the image."""
+        by_offset = sorted(
+            zip(self.layout.tensors, self._parameters, strict=True), key=lambda pair: pair[0].offset
+        )
+        for spec, (_, parameter) in by_offset:
+            start, num_bytes = _share(spec, parameter, self._item)
+            if num_bytes:
+                yield _Run(parameter, start, start + num_bytes)
+
+    @contextlib.contextmanager
+    def _writing(self, turn: int) -> Iterator[None]:
+        """Nobody reads the segment while we write it; rank 0 sees to that for all."""
+        if not self._segments:
+            yield
+            return
+        segment = self._segments[turn]
+        with segment.locked() if self._rank == 0 else contextlib.nullcontext():
+            if self._world_size > 1:
+                dist.barrier()
+            yield
+
+    def _create(self, stem: str) -> list[WrittenSegment]:
+        def made(turn: int) -> WrittenSegment:
+            return WrittenSegment(f"{stem}-{turn}", self.layout.total_bytes, create=self._rank == 0)
+
+        first = [made(turn) for turn in (0, 1)] if self._rank == 0 else []
+        dist.barrier()  # they are there
+        return first or [made(turn) for turn in (0, 1)]
+
+    def _private(self, count: int) -> list[np.ndarray]:
+        num_bytes = self.layout.total_bytes if self._rank == 0 else 0
+        return [np.zeros(num_bytes, np.uint8) for _ in range(count)]
 
 
-def _private(num_bytes: int) -> np.ndarray:
-    return np.zeros(num_bytes, np.uint8)
+def _share(spec: TensorSpec, parameter: Tensor, item: int) -> tuple[int, int]:
+    """Where this rank's share of a tensor lies in the image, and its bytes: shards are of whole rows."""
+    if not isinstance(parameter, DTensor):
+        return spec.offset, parameter.numel() * item
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    row = parameter.shape[1:].numel() * item
+    first = offset[0] * row if offset else 0
+    return spec.offset + first, torch.Size(shape).numel() * item
+
+
+def unsharded(model: Any) -> Any:
+    """`model` of a group of one, without FSDP's hooks: its shards are the whole parameters, which the
+    hooks would copy twice for every pass. The parameters are shared; no gradient is kept."""
+    kind = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
+    plain: Any = object.__new__(kind)
+    plain.__dict__ = dict(model.__dict__)
+    plain._forward_pre_hooks, plain._forward_hooks = OrderedDict(), OrderedDict()
+    plain._parameters = {
+        name: nn.Parameter(p.to_local(), requires_grad=False) if isinstance(p, DTensor) else p
+        for name, p in model._parameters.items()
+    }
+    plain._modules = {name: child and unsharded(child) for name, child in model._modules.items()}
+    return plain
+
+
+def _timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return function(*args), time.perf_counter() - started

@@ -154,6 +154,9 @@ CASES: dict[str, Case] = {
     "grpo of one sample": changes(
         {"ppo.advantage": "grpo", "sampling.samples_per_prompt": 1}, "samples_per_prompt", "2 or more"
     ),
+    "shared weights on a GPU": changes(
+        {"generators.weight_memory": "shared", "device": "cuda"}, "weight_memory: shared", "leave it out"
+    ),
     "no cache size on CPU": changes(
         {"generators.kv_cache_bytes": None}, "generators.kv_cache_bytes", "try 67108864"
     ),

@@ -16,7 +16,13 @@ from actors import generator as generator_module
 from actors.config import GeneratorsConfig
 from actors.generator import PROBE_ID, GenerateRequest, Generator, GeneratorFailed
 from actors.trajectory import Completion
-from actors.weight_update import Probe, WeightLayout, WeightsRejected, WeightUpdate
+from actors.weight_update import (
+    BaseMissing,
+    Probe,
+    WeightLayout,
+    WeightsRejected,
+    WeightUpdate,
+)
 
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
 PROBE = Probe((1, 2, 3), (-0.5, -1.5))
@@ -49,7 +55,7 @@ class FakeEngine:
         self._maybe_fail(method)
         if method == "receive_weights":
             self.at_push = list(self.running)
-        return [args[0].id] if method == "agree_layout" else [None]
+        return [args[0].id] if method == "agree_layout" else [{"verify_s": 0.0, "apply_s": 0.0}]
 
     def set_weight_version(self, version: str) -> None:
         self.version = version
@@ -221,6 +227,7 @@ async def test_an_update_is_applied_then_the_prefix_cache_emptied_then_proved(ma
     generator, engine = make()
     proof = await within(generator.receive_weights(update(3)))
     assert proof["probe_difference"] == 0.0
+    assert {"push_s", "verify_s", "apply_s", "probe_s"} < proof.keys()
     assert engine.calls == ["receive_weights", "reset_prefix_cache"]
     assert (await within(generator.status()))["version"] == 3
     (made,) = await generated(generator, "a")
@@ -277,6 +284,20 @@ async def test_bytes_that_the_receiver_refuses_stop_the_generator(make: Make) ->
         await within(generator.receive_weights(update()))
     assert PROBE_ID not in engine.added
     assert [type(answer) for answer in await every_call(generator)] == [WeightsRejected] * 4
+
+
+async def test_a_delta_without_its_base_leaves_everything_as_it_was(make: Make) -> None:
+    generator, engine = make()
+    await within(generator.receive_weights(update(1)))
+    engine.failing["receive_weights"] = BaseMissing("send it in full")
+    with pytest.raises(BaseMissing, match="generator-0: send it in full"):
+        await within(generator.receive_weights(update(3)))
+    assert (await within(generator.status()))["version"] == 1
+    (made,) = await generated(generator, "a")
+    assert made.spans == ((1, 0),)
+    engine.failing.clear()
+    await within(generator.receive_weights(update(3)))
+    assert (await within(generator.status()))["version"] == 3
 
 
 async def test_an_engine_that_fails_in_a_step_fails_all_waiters_and_all_who_come_later(

@@ -70,6 +70,16 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_returned():
     assert weight.grad is None
 
 
+def test_the_norm_is_that_of_all_gradients_together_and_a_small_one_is_left_alone():
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in ((2,), (1, 3), ())]
+    optimizer = Optimizer(weights, config(max_grad_norm=100.0))
+    weights[0].grad = torch.tensor([3.0, 4.0])
+    weights[1].grad = torch.full((1, 3), 2.0)  # and none for the third
+    expected = [weight.grad.clone() for weight in weights[:2]]
+    assert optimizer.clip() == pytest.approx(math.sqrt(25 + 12))
+    assert all(torch.equal(w.grad, g) for w, g in zip(weights, expected, strict=False))
+
+
 def test_a_first_step_of_adam_moves_each_weight_by_the_rate_against_its_gradient():
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = Optimizer([weight], config(decay="constant"))

@@ -15,9 +15,10 @@ from transformers import (
     Gemma2ForCausalLM,
 )
 
+from learner import policy as policy_module
 from learner.config import LearnerConfig
 from learner.packing import PackedRows
-from learner.policy import _check_head, load_policy, load_value_model
+from learner.policy import _check_head, even_length, load_policy, load_value_model
 from learner.process_group import join
 from reward_service.reward_model import last_token_scores
 from tests.learner_cases import (
@@ -140,10 +141,49 @@ def test_a_model_that_caps_its_logits_is_refused():
 def test_a_model_without_a_list_of_layers_is_refused_by_name(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=1)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape = {"vocab_size": 20, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 1}
+    config = GPT2Config(**shape, **no_dropout)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="GPT2LMHeadModel: no list of decoder layers"):
         load_policy(str(tmp_path), mesh(), LearnerConfig())
+
+
+@pytest.mark.parametrize("key", ["attention_dropout", "resid_pdrop", "hidden_dropout"])
+def test_a_model_with_dropout_is_refused_by_policy_and_critic_in_one_line(tmp_path, key):
+    folder = shutil.copytree(folders().policy, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, key: 0.1}))
+    for load in (load_policy, load_value_model):
+        with pytest.raises(ValueError, match=f"model: {key} is 0.1 in config.json.*set it to 0$"):
+            load(str(folder), mesh(), LearnerConfig())
+
+
+def test_dropout_of_a_head_that_is_not_used_is_no_reason_to_refuse(tmp_path):
+    folder = shutil.copytree(folders().policy, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "classifier_dropout": 0.1}))
+    load_policy(str(folder), mesh(), LearnerConfig())
+
+
+def test_offloading_to_the_cpu_is_refused_where_there_is_no_gpu():
+    with pytest.raises(ValueError, match=r"learner\.cpu_offload: true, but the learner has no GPU"):
+        load_policy(folders().policy, mesh(), LearnerConfig(cpu_offload=True))
+
+
+def test_layers_are_gathered_in_units_of_a_least_size_and_the_rest_with_the_embeddings(monkeypatch):
+    layers = [torch.nn.Linear(8, 8, bias=False) for _ in range(5)]  # of 256 bytes
+    for least, sizes in ((1, [1] * 5), (256, [1] * 5), (257, [2, 2]), (768, [3]), (2000, [])):
+        monkeypatch.setattr(policy_module, "UNIT_BYTES", least)
+        units = policy_module._units(layers)
+        assert [len(unit) for unit in units] == sizes
+        assert [one for unit in units for one in unit] == layers[: sum(sizes)]
+
+
+def test_attention_costs_as_much_as_the_matrices_at_the_even_length():
+    model = loaded("policy")
+    matrices = sum(p.numel() for p in model.lm.model.layers.parameters()) / 2
+    assert even_length(model) == matrices / 64
 
 
 def test_a_folder_stored_in_bfloat16_is_trained_in_float32(tmp_path):

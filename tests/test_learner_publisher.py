@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors import weight_delta
 from actors.weight_update import WeightUpdate, verify
 from learner.learner_spec import probe_ids
 from tests.learner_cases import (
@@ -61,10 +63,12 @@ def published(rank, meeting, one: Case, folder: Path, name: str | None):
             np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
         )
     files = sorted(folder.glob("weights*"))
+    again = worker.last_update()
     worker.close()
     left = sorted(folder.glob("weights*")) if rank == 0 else []
     return {
         "layout": layout,
+        "again": again,
         "versions": versions,
         "at the end": bytes_at_end,
         "files": [file.name for file in files],
@@ -78,6 +82,23 @@ def _at_two_ranks(rank, meeting, given, folder):
         for name, one in given.items()
         for where in (True, False)
     }
+
+
+def deltas(rank, meeting, one: Case, folder: Path):
+    """What each of three versions was: the update, and the same in full."""
+    worker = one.start(rank, meeting)
+    worker._spec = replace(worker._spec, push_delta=True)
+    layout = worker.prepare_publish(str(folder / "unused"))
+    updates = []
+    for version in (1, 2, 3):
+        worker.update(batch_table(seed=version), version, version, str(folder))
+        updates.append((worker.publish(version), worker.last_update()))
+    worker.close()
+    return layout, updates
+
+
+def _deltas_at_two(rank, meeting, one, folder):
+    return deltas(rank, meeting, one, folder)
 
 
 NAMES = ["tied float32", "tied bfloat16", "untied bfloat16"]
@@ -181,6 +202,35 @@ def test_the_probe_is_what_transformers_answers_from_the_same_weights(runs, name
         probe = version["update"].probe
         expected = hf_logprobs(model, probe.ids[:1], probe.ids[1:], 1.0)
         torch.testing.assert_close(torch.tensor(probe.logprobs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
+def test_deltas_make_each_version_of_the_one_before(ranks, tmp_path):
+    one = cases()["tied bfloat16"]
+    if ranks == 1:
+        layout, updates = deltas(0, None, one, tmp_path)
+    else:
+        (layout, updates), (_, silent) = run_ranks(_deltas_at_two, one, tmp_path)
+        assert silent == [(None, None)] * 3
+    assert [update.base for update, _ in updates] == [None, 1, 2]
+    image = np.concatenate(updates[0][0].payload)
+    verify(updates[0][0], layout, image)
+    for update, full in updates[1:]:
+        weight_delta.apply(layout, update.payload, image)
+        verify(update, layout, image)
+        assert np.array_equal(image, np.concatenate(full.payload))
+        assert (full.base, full.version, full.digests) == (None, update.version, update.digests)
+    assert not list(tmp_path.glob("unused*"))
+
+
+@pytest.mark.parametrize("where", [True, False], ids=["shared memory", "in the message"])
+def test_the_last_version_can_be_had_again_in_full(runs, where):
+    run = runs["tied float32", where]
+    last, again = run["versions"][-1]["update"], run["again"]
+    assert (again.version, again.digests, again.segment) == (3, last.digests, last.segment)
+    assert again.payload_bytes == (0 if where else run["layout"].total_bytes)
+    if not where:
+        assert np.array_equal(np.concatenate(again.payload), run["versions"][-1]["data"])
 
 
 def test_only_rank_zero_speaks_and_the_message_travels(at_two):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
+from weakref import WeakSet
 
 import numpy as np
 import pyarrow as pa
@@ -432,6 +433,34 @@ def test_activation_checkpointing_changes_memory_and_not_a_bit_of_the_weights(tm
         update(worker, fresh(worker, batch_table()), tmp_path)
         results.append(weights_of(worker))
     assert same_bytes(*results)
+
+
+def test_the_critic_starts_only_when_the_policys_activations_are_gone(tmp_path):
+    """Else a microbatch would need the memory of both."""
+    worker = case(ppo_config(entropy_coef=0.01)).start()
+    table = fresh(worker, batch_table())
+    kept: WeakSet[Kept] = WeakSet()
+    found = []
+
+    def keep(tensor: Tensor) -> Kept:
+        kept.add(box := Kept(tensor))
+        return box
+
+    def look(*_) -> None:
+        if torch.is_grad_enabled():
+            found.append(len(kept))
+
+    worker._update.models.value.register_forward_pre_hook(look)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.tensor):
+        update(worker, table, tmp_path)
+    assert found == [0] * 4
+
+
+class Kept:
+    """A tensor that a backward pass waits for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 @pytest.mark.parametrize("value_model", ["shared", "separate"])

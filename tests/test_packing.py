@@ -22,6 +22,7 @@ from learner.packing import (
     pack,
     plan,
     unpack,
+    work,
 )
 
 lengths_of = st.lists(st.integers(1, 60), max_size=40)
@@ -99,6 +100,21 @@ def test_plan_holds_every_index_once_within_the_budget_and_as_often_on_each_rank
     assert sorted(i for bins in planned for b in bins for i in b) == list(range(len(lengths)))
     assert all(fits(bins, lengths, budget) for bins in planned)
     assert planned == plan(lengths, ranks, budget)
+
+
+def test_ranks_share_work_and_attention_makes_a_long_sequence_worth_more_than_its_tokens():
+    """At 1000 tokens attention costs as much as the matrices: 4000 tokens are the work of 20000."""
+    lengths = [4000, *[1000] * 12]
+    assert work(lengths, 1000.0) == [20000.0, *[2000.0] * 12]
+    by_tokens, by_work = plan(lengths, 2, 8000), plan(lengths, 2, 8000, 1000.0)
+
+    def costs(planned):
+        return [sum(work([lengths[i] for b in bins for i in b], 1000.0)) for bins in planned]
+
+    assert max(costs(by_tokens)) == 28000
+    assert max(costs(by_work)) == 22000
+    assert sorted(i for bins in by_work for b in bins for i in b) == list(range(13))
+    assert all(fits(bins, lengths, 8000) for bins in by_work)
 
 
 SEQUENCES = [[5, 6, 7, 8, 9], np.array([1, 2, 3, 4], dtype=np.int32), [11, 12]]

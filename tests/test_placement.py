@@ -11,7 +11,7 @@ import pytest
 
 from cluster import placement
 from cluster.config import BadInput
-from cluster.placement import InProcessHost, Member, RoleFailed, ask
+from cluster.placement import InProcessHost, Member, RoleFailed, ask, ask_beside
 
 
 class Component:
@@ -130,3 +130,12 @@ def test_an_address_where_nothing_answers_is_bad_input_at_once(address: str) -> 
     with pytest.raises(BadInput, match="ray_address"):
         placement._probe(address.format(port=port))
     assert time.monotonic() - started < 6
+
+
+async def test_in_one_process_an_answer_and_its_payload_come_as_they_are() -> None:
+    class Pair:
+        async def take(self, number: int) -> tuple[int, list[int]]:
+            return number, [number]
+
+    member = Member("generator-0", Pair())
+    assert await ask_beside(member, member.handle.take, 3, within=1.0) == (3, [3])

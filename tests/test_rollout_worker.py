@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
 from actors.generator import GenerateRequest, GeneratorFailed
-from actors.rollout_worker import Dropped, Rollouts, RolloutWorker, sample_seed
-from actors.trajectory import Completion
+from actors.rollout_worker import Dropped, RolloutWorker, sample_seed
+from actors.trajectory import Completion, Trajectory, from_table
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse, ScorerRaised
 from tests import tiny
 
@@ -97,12 +98,29 @@ def worker(
     )
 
 
-async def take_all(rollouts: RolloutWorker, prompts: int) -> Rollouts:
+@dataclass(frozen=True)
+class Taken:
+    trajectories: list[Trajectory]
+    dropped: list[Dropped]
+
+
+NOTHING = Taken([], [])
+
+
+async def taken_from(rollouts: RolloutWorker, timeout_s: float, linger_s: float = 0.0) -> Taken:
+    """One take, its Table read; what it says is finished is what the Table holds."""
+    said, table = await rollouts.take(timeout_s, linger_s)
+    trajectories = from_table(table) if table is not None else []
+    assert said.finished == list(dict.fromkeys((t.prompt_id, t.epoch) for t in trajectories))
+    return Taken(trajectories, said.dropped)
+
+
+async def take_all(rollouts: RolloutWorker, prompts: int) -> Taken:
     """Takes until that many prompts are finished or dropped."""
-    taken = Rollouts()
+    taken = NOTHING
     while len({t.prompt_id for t in taken.trajectories}) + len(taken.dropped) < prompts:
-        more = await rollouts.take(NEVER_S)
-        taken = Rollouts(taken.trajectories + more.trajectories, taken.dropped + more.dropped)
+        more = await taken_from(rollouts, NEVER_S)
+        taken = Taken(taken.trajectories + more.trajectories, taken.dropped + more.dropped)
     return taken
 
 
@@ -110,7 +128,7 @@ async def test_trajectories_come_in_the_order_of_prompts_and_samples() -> None:
     engine = FakeEngine()
     rollouts = worker(engine)
     await rollouts.submit([tiny.prompt(i) for i in (3, 1, 2)])
-    taken = await rollouts.take(NEVER_S)
+    taken = await taken_from(rollouts, NEVER_S)
     assert [t.trajectory_id for t in taken.trajectories] == [
         f"p{i}-e0-{sample}" for i in (3, 1, 2) for sample in (0, 1)
     ]
@@ -121,14 +139,26 @@ async def test_a_trajectory_holds_what_prompt_engine_and_scorer_gave() -> None:
     rewards = FakeRewards(lambda request: 2.5)
     rollouts = worker(FakeEngine(), rewards, samples=1)
     await rollouts.submit([tiny.prompt(4, epoch=2, metadata={"k": 1})])
-    (made,) = (await rollouts.take(NEVER_S)).trajectories
+    (made,) = (await taken_from(rollouts, NEVER_S)).trajectories
     (asked,) = rewards.requests
-    assert made.completion_ids == asked.completion_ids == (5, 6 + len(asked.trajectory_id), 1)
-    assert made.behavior_logprobs == (-1.0, -2.0, -0.5)
-    assert (made.prompt, made.prompt_ids, made.epoch) == ("4+1=", (2, 7), 2)
+    assert (
+        tuple(made.completion_ids)
+        == asked.completion_ids
+        == (
+            5,
+            6 + len(asked.trajectory_id),
+            1,
+        )
+    )
+    assert made.behavior_logprobs == [-1.0, -2.0, -0.5]
+    assert (made.prompt, made.prompt_ids, made.epoch) == ("4+1=", [2, 7], 2)
     assert (made.policy_version, made.policy_version_max) == (3, 4)
-    assert made.version_spans == ((3, 0), (4, 2))
-    assert (made.score, made.score_parts, made.temperature) == (2.5, {"length": 3.0}, 0.7)
+    assert made.version_spans == [(3, 0), (4, 2)]
+    assert (made.score, made.score_parts, made.temperature) == (
+        2.5,
+        {"length": 3.0},
+        pytest.approx(0.7),
+    )
     assert (made.generator_id, made.finish_reason) == ("generator-0", "stop")
     assert (asked.answer, asked.metadata, asked.completion) == ("5", {"k": 1}, "of p4-e2-0")
 
@@ -174,9 +204,9 @@ async def test_a_group_is_handed_out_only_when_it_is_complete() -> None:
     await rollouts.submit([tiny.prompt(0), tiny.prompt(1)])
     for name in ("p1-e0-2", "p0-e0-0", "p1-e0-0"):
         engine.finish(name)
-    assert await rollouts.take(SOON_S) == Rollouts()
+    assert await taken_from(rollouts, SOON_S) == NOTHING
     engine.finish("p1-e0-1")
-    taken = await rollouts.take(NEVER_S)
+    taken = await taken_from(rollouts, NEVER_S)
     assert [t.trajectory_id for t in taken.trajectories] == ["p1-e0-0", "p1-e0-1", "p1-e0-2"]
 
 
@@ -188,10 +218,10 @@ async def test_scored_together_there_is_one_call_in_order_whatever_the_timing() 
     for name in reversed(names[1:]):
         engine.finish(name)
         await asyncio.sleep(0)
-    assert await rollouts.take(SOON_S) == Rollouts()
+    assert await taken_from(rollouts, SOON_S) == NOTHING
     assert rewards.calls == []
     engine.finish(names[0])
-    await rollouts.take(NEVER_S)
+    await taken_from(rollouts, NEVER_S)
     assert rewards.calls == [names]
 
 
@@ -201,7 +231,7 @@ async def test_scored_apart_each_prompt_is_scored_as_soon_as_it_is_there() -> No
     await rollouts.submit([tiny.prompt(0), tiny.prompt(1)])
     for name in ("p1-e0-0", "p1-e0-1"):
         engine.finish(name)
-    await rollouts.take(NEVER_S)
+    await taken_from(rollouts, NEVER_S)
     assert rewards.calls == [["p1-e0-0", "p1-e0-1"]]
 
 
@@ -226,7 +256,7 @@ async def test_an_exception_in_scoring_reaches_take(together: bool) -> None:
     rollouts = worker(FakeEngine(), Broken(), together=together)
     await rollouts.submit([tiny.prompt(0)])
     with pytest.raises(ScorerRaised, match="the judge is away"):
-        await rollouts.take(NEVER_S)
+        await taken_from(rollouts, NEVER_S)
 
 
 async def test_an_exception_in_generation_reaches_take_and_nothing_is_scored() -> None:
@@ -236,7 +266,7 @@ async def test_an_exception_in_generation_reaches_take_and_nothing_is_scored() -
     engine.finish("p0-e0-1")
     engine.finish("p0-e0-0", GeneratorFailed("generator-0: out of memory"))
     with pytest.raises(GeneratorFailed, match="out of memory"):
-        await rollouts.take(NEVER_S)
+        await taken_from(rollouts, NEVER_S)
     assert rewards.calls == []
 
 
@@ -247,7 +277,7 @@ async def test_a_completion_that_makes_no_trajectory_reaches_take_as_an_error() 
     nan = Completion((5,), (float("nan"),), "", "stop", ((0, 0),), 0.1)
     engine.futures["p0-e0-0"].set_result(nan)
     with pytest.raises(ValueError, match="p0-e0-0: a behavior logprob is not finite"):
-        await rollouts.take(NEVER_S)
+        await taken_from(rollouts, NEVER_S)
 
 
 async def test_take_waits_for_the_first_and_returns_at_once_when_it_comes() -> None:
@@ -256,7 +286,7 @@ async def test_take_waits_for_the_first_and_returns_at_once_when_it_comes() -> N
     await rollouts.submit([tiny.prompt(0)])
     asyncio.get_running_loop().call_later(SOON_S, engine.finish, "p0-e0-0")
     started = time.monotonic()
-    taken = await rollouts.take(NEVER_S)
+    taken = await taken_from(rollouts, NEVER_S)
     assert SOON_S * 0.5 < time.monotonic() - started < NEVER_S / 2
     assert len(taken.trajectories) == 1
 
@@ -266,16 +296,26 @@ async def test_take_returns_empty_when_its_time_is_over_and_loses_nothing() -> N
     rollouts = worker(engine, samples=1)
     await rollouts.submit([tiny.prompt(0)])
     for _ in range(3):
-        assert await rollouts.take(0.01) == Rollouts()
+        assert await taken_from(rollouts, 0.01) == NOTHING
     engine.finish("p0-e0-0")
-    assert len((await rollouts.take(NEVER_S)).trajectories) == 1
+    assert len((await taken_from(rollouts, NEVER_S)).trajectories) == 1
 
 
 async def test_one_take_brings_everything_that_is_complete() -> None:
     rollouts = worker(FakeEngine(), together=False, samples=1)
     await rollouts.submit([tiny.prompt(i) for i in range(5)])
     await asyncio.sleep(SOON_S)
-    assert len((await rollouts.take(NEVER_S)).trajectories) == 5
+    assert len((await taken_from(rollouts, NEVER_S)).trajectories) == 5
+
+
+async def test_a_take_that_lingers_gathers_what_comes_soon_after_the_first() -> None:
+    engine = FakeEngine()
+    rollouts = worker(engine, samples=1, together=False)
+    await rollouts.submit([tiny.prompt(0)])
+    taking = asyncio.create_task(taken_from(rollouts, NEVER_S, 0.2))
+    await asyncio.sleep(0.02)
+    await rollouts.submit([tiny.prompt(1)])
+    assert {t.prompt_id for t in (await taking).trajectories} == {"p0", "p1"}
 
 
 async def test_samples_for_evaluation_are_neither_scored_nor_taken() -> None:
@@ -291,7 +331,7 @@ async def test_samples_for_evaluation_are_neither_scored_nor_taken() -> None:
     )
     assert {r.temperature for r in engine.requests} == {0.0}
     assert rewards.calls == []
-    assert await rollouts.take(0.01) == Rollouts()
+    assert await taken_from(rollouts, 0.01) == NOTHING
 
 
 async def test_closing_ends_what_is_under_way_and_the_engine() -> None:
@@ -301,4 +341,4 @@ async def test_closing_ends_what_is_under_way_and_the_engine() -> None:
     await rollouts.close()
     await asyncio.sleep(0)
     assert engine.closed
-    assert await rollouts.take(0.01) == Rollouts()
+    assert await taken_from(rollouts, 0.01) == NOTHING

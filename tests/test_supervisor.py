@@ -12,12 +12,13 @@ import pytest_asyncio
 
 from actors.prompts import PromptStream
 from actors.rollout_worker import Dropped, Rollouts
-from actors.trajectory import Prompt, from_table
+from actors.trajectory import Prompt, from_table, select, to_table
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from cluster import supervisor as supervisor_module
 from cluster.ledger import Ledger
 from cluster.placement import InProcessHost, Member, RoleFailed
 from cluster.supervisor import Supervisor
+from learner.trajectory_buffer import Batch
 from tests import tiny
 
 POLL_S, TIMEOUT_S, LONG_S = 0.01, 0.15, 5.0
@@ -32,7 +33,7 @@ class FakeWorker:
     def __init__(self, *, by_itself: bool = True) -> None:
         self.submitted: list[str] = []
         self.out: dict[str, Prompt] = {}
-        self.ready: list[Rollouts] = []
+        self.ready: list[tuple[Rollouts, Any]] = []
         self.failure: Exception | None = None
         self.silent: set[str] = set()  # methods that never answer
         self.updates: list[Any] = []
@@ -50,18 +51,19 @@ class FakeWorker:
         for name in names:
             epoch = self.out.pop(name).epoch
             rows += [tiny.trajectory(int(name[1:]), epoch, sample) for sample in range(SAMPLES)]
-        self.ready.append(Rollouts(rows))
+        finished = list(dict.fromkeys((row.prompt_id, row.epoch) for row in rows))
+        self.ready.append((Rollouts(finished), to_table(rows)))
 
     def drop(self, name: str, reason: str) -> None:
-        self.ready.append(Rollouts([], [Dropped(name, self.out.pop(name).epoch, reason)]))
+        self.ready.append((Rollouts([], [Dropped(name, self.out.pop(name).epoch, reason)]), None))
 
-    async def take(self, timeout_s: float) -> Rollouts:
+    async def take(self, timeout_s: float, linger_s: float) -> tuple[Rollouts, Any]:
         await self._maybe_silent("take")
         if self.failure is not None:
             raise self.failure
         if not self.ready:
             await asyncio.sleep(timeout_s)
-            return Rollouts()
+            return Rollouts(), None
         return self.ready.pop(0)
 
     async def status(self) -> dict[str, Any]:
@@ -121,10 +123,20 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
         await supervisor.close()
 
 
+async def admit(supervisor: Supervisor, version: int) -> None:
+    """As if `version` had just been proved."""
+    supervisor.version = version
+    await supervisor.admit()
+
+
 async def take(supervisor: Supervisor, version: int = 0, stop: asyncio.Event | None = None) -> Any:
     """The prompt_ids of the batch; None where take gave none. Ends, or the test fails."""
     batch = await asyncio.wait_for(supervisor.take(version, stop or asyncio.Event()), LONG_S)
-    return None if batch is None else batch["prompt_id"].to_pylist()[::SAMPLES]
+    return None if batch is None else prompt_ids(batch)
+
+
+def prompt_ids(batch: Batch) -> list[str]:
+    return select(batch.chunks, batch.keys)["prompt_id"].to_pylist()[::SAMPLES]
 
 
 async def failure_of(supervisor: Supervisor) -> tuple[str, float]:
@@ -141,15 +153,15 @@ async def test_as_many_prompts_go_out_as_the_bound_allows_and_no_more(
 ) -> None:
     supervisor, workers = make(3, staleness=staleness)
     for version in range(3):
-        await supervisor.admit(version)
-        await supervisor.admit(version)
+        await admit(supervisor, version)
+        await admit(supervisor, version)
         assert sum(len(worker.submitted) for worker in workers) == 3 * (version + 1 + staleness)
         await take(supervisor, version)
 
 
 async def test_each_prompt_goes_to_the_least_busy_the_first_of_equals(make: Make) -> None:
     supervisor, workers = make(5, workers=2, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     assert [worker.submitted for worker in workers] == [["p0/0", "p2/0", "p4/0"], ["p1/0", "p3/0"]]
 
 
@@ -158,7 +170,7 @@ async def test_a_synchronous_run_deals_the_same_whatever_the_timing(make: Make) 
     for backwards in (False, True):
         supervisor, workers = make(5, workers=3, by_itself=False)
         for version in range(4):
-            await supervisor.admit(version)
+            await admit(supervisor, version)
             for worker in workers:
                 for name in sorted(worker.out, reverse=backwards):
                     worker.finish(name)
@@ -169,14 +181,15 @@ async def test_a_synchronous_run_deals_the_same_whatever_the_timing(make: Make) 
 
 async def test_a_batch_is_sorted_by_age_and_sample_and_whole(make: Make) -> None:
     supervisor, (one, two) = make(4, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     waiting = asyncio.create_task(supervisor.take(0, asyncio.Event()))
     for worker, name in ((two, "p3"), (one, "p2"), (two, "p1"), (one, "p0")):
         await asyncio.sleep(3 * POLL_S)
         assert not waiting.done()
         worker.finish(name)
     batch = await asyncio.wait_for(waiting, LONG_S)
-    assert [t.trajectory_id for t in from_table(batch)] == [
+    rows = from_table(select(batch.chunks, batch.keys))
+    assert [row.trajectory_id for row in rows] == [
         f"p{i}-e0-{sample}" for i in range(4) for sample in range(SAMPLES)
     ]
     assert len(supervisor.buffer) == 0
@@ -184,10 +197,10 @@ async def test_a_batch_is_sorted_by_age_and_sample_and_whole(make: Make) -> None
 
 async def test_above_staleness_zero_the_finished_do_not_wait_for_the_others(make: Make) -> None:
     supervisor, (one, two) = make(2, staleness=1, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     two.finish("p1", "p3")
     assert await take(supervisor, 0) == ["p1", "p3"]
-    await supervisor.admit(1)
+    await admit(supervisor, 1)
     one.finish("p0")
     two.finish(*two.out)
     with pytest.raises(TimeoutError):  # p2 was leased at version 0: this step must have it
@@ -199,14 +212,14 @@ async def test_above_staleness_zero_the_finished_do_not_wait_for_the_others(make
 async def test_prompts_outlive_epochs(make: Make) -> None:
     supervisor, workers = make(2, workers=1, prompts=3)
     for version in range(3):
-        await supervisor.admit(version)
+        await admit(supervisor, version)
         await take(supervisor, version)
     assert workers[0].submitted == ["p0/0", "p1/0", "p2/0", "p0/1", "p1/1", "p2/1"]
 
 
 async def test_a_generators_failure_ends_take_at_once_and_names_it(make: Make) -> None:
     supervisor, (_, two) = make(by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     asyncio.get_running_loop().call_later(
         5 * POLL_S, setattr, two, "failure", RuntimeError("CUDA out of memory")
     )
@@ -217,7 +230,7 @@ async def test_a_generators_failure_ends_take_at_once_and_names_it(make: Make) -
 
 async def test_a_failure_between_two_takes_ends_the_next_one(make: Make) -> None:
     supervisor, (one, _) = make(2, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     asyncio.get_running_loop().call_later(5 * POLL_S, setattr, one, "failure", RuntimeError("gone"))
     stop = asyncio.Event()
     asyncio.get_running_loop().call_later(2 * POLL_S, stop.set)
@@ -229,7 +242,7 @@ async def test_a_failure_between_two_takes_ends_the_next_one(make: Make) -> None
 
 async def test_silence_longer_than_its_time_names_the_generator_and_its_prompts(make: Make) -> None:
     supervisor, (one, _) = make(4, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     one.finish("p0", "p2")
     said, seconds = await failure_of(supervisor)
     assert said == (
@@ -240,13 +253,13 @@ async def test_silence_longer_than_its_time_names_the_generator_and_its_prompts(
 
 async def test_a_generator_with_nothing_to_do_may_be_silent(make: Make) -> None:
     supervisor, (one, two) = make(1, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     waiting = asyncio.create_task(supervisor.take(0, asyncio.Event()))
     await asyncio.sleep(TIMEOUT_S / 2)
     one.finish("p0")
     await asyncio.wait_for(waiting, LONG_S)
     await asyncio.sleep(2 * TIMEOUT_S)  # both have nothing to do for longer than the timeout
-    await supervisor.admit(1)
+    await admit(supervisor, 1)
     one.finish("p1")
     assert await take(supervisor, 1) == ["p1"]
     assert two.submitted == []
@@ -255,7 +268,7 @@ async def test_a_generator_with_nothing_to_do_may_be_silent(make: Make) -> None:
 @pytest.mark.parametrize("method", ["take", "status"])
 async def test_a_generator_that_does_not_answer_at_all_is_named(make: Make, method: str) -> None:
     supervisor, (one, two) = make(by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     one.finish("p0", "p2")
     two.silent.add(method)
     said, _ = await failure_of(supervisor)
@@ -264,7 +277,7 @@ async def test_a_generator_that_does_not_answer_at_all_is_named(make: Make, meth
 
 async def test_a_stop_ends_take_with_none_and_loses_nothing(make: Make) -> None:
     supervisor, (one, two) = make(2, by_itself=False)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     stop = asyncio.Event()
     asyncio.get_running_loop().call_later(3 * POLL_S, stop.set)
     assert await take(supervisor, stop=stop) is None
@@ -275,7 +288,7 @@ async def test_a_stop_ends_take_with_none_and_loses_nothing(make: Make) -> None:
 
 async def test_what_is_ready_is_taken_even_if_a_stop_was_asked_for(make: Make) -> None:
     supervisor, _ = make(2, staleness=1)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     await take(supervisor)
     await asyncio.sleep(5 * POLL_S)
     stop = asyncio.Event()
@@ -286,7 +299,7 @@ async def test_what_is_ready_is_taken_even_if_a_stop_was_asked_for(make: Make) -
 async def test_a_dropped_prompt_is_reported_and_replaced_by_the_next(make: Make) -> None:
     dropped: list[Dropped] = []
     supervisor, (one, two) = make(2, by_itself=False, on_drop=dropped.append)
-    await supervisor.admit(0)
+    await admit(supervisor, 0)
     waiting = asyncio.create_task(supervisor.take(0, asyncio.Event()))
     one.drop("p0", "no score: 503")
     two.finish("p1")
@@ -296,22 +309,22 @@ async def test_a_dropped_prompt_is_reported_and_replaced_by_the_next(make: Make)
     holder = one if "p2" in one.out else two
     holder.finish("p2")
     batch = await asyncio.wait_for(waiting, LONG_S)
-    assert batch["prompt_id"].to_pylist()[::SAMPLES] == ["p1", "p2"]
+    assert prompt_ids(batch) == ["p1", "p2"]
     assert dropped == [Dropped("p0", 0, "no score: 503")]
     assert supervisor.ledger.num_dropped == 1
 
 
 async def test_after_a_resume_what_was_out_goes_out_again_and_nothing_else(make: Make) -> None:
     first, (_, two) = make(4, staleness=0, by_itself=False)
-    await first.admit(0)
+    await admit(first, 0)
     two.finish("p1")
     await asyncio.wait({asyncio.create_task(first.take(0, asyncio.Event()))}, timeout=5 * POLL_S)
     second, workers = make(4)
     second.ledger.restore(first.ledger.state())
     second.stream.cursor = first.stream.cursor
-    second.buffer.add(from_table(first.buffer.take([("p1", 0)])))
+    second.buffer.add([("p1", 0)], first.buffer.contents().chunks[0])
     await second.resubmit()
-    await second.admit(0)
+    await admit(second, 0)
     assert sorted(name for worker in workers for name in worker.submitted) == [
         "p0/0",
         "p2/0",
@@ -323,11 +336,11 @@ async def test_after_a_resume_what_was_out_goes_out_again_and_nothing_else(make:
 async def test_weights_are_received_when_every_generator_has_proved_them(make: Make) -> None:
     supervisor, workers = make()
     await supervisor.agree_layout(LAYOUT)
-    assert await supervisor.receive_weights(UPDATE) == [{"probe_difference": 0.0}] * 2
+    assert await supervisor.push(UPDATE) == [{"probe_difference": 0.0}] * 2
     assert [worker.updates for worker in workers] == [[UPDATE]] * 2
     workers[1].silent.add("receive_weights")
     with pytest.raises(RoleFailed, match="generator-1: no answer to receive_weights"):
-        await supervisor.receive_weights(UPDATE)
+        await supervisor.push(UPDATE)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -57,20 +57,21 @@ class FakeRun:
             return None
         return f"batch {self.step}"
 
-    async def rollout_metrics(self, batch: Any) -> dict[str, float]:
-        assert batch == f"batch {self.step}"
-        return {"reward/score_mean": float(self.step)}
-
     async def update(self, batch: Any) -> dict[str, float]:
         self._note("update")
+        assert batch == f"batch {self.step}"
         if self.step == self._stop_at:
             self.stop.set()
-        return {"learner/kl_to_ref": self._kl[self.step]}
+        return {"reward/score_mean": float(self.step), "learner/kl_to_ref": self._kl[self.step]}
 
     async def publish(self, version: int) -> dict[str, float]:
         self._note("publish")
         assert version == self.step + 1
         return {"weights/push_s": 0.5}
+
+    async def proved(self) -> dict[str, float]:
+        self._note("proved")
+        return {}
 
     def evaluation_due(self, last: bool) -> bool:
         return last or bool(self._evaluate_every and self.step % self._evaluate_every == 0)
@@ -117,6 +118,7 @@ async def test_a_step_is_take_update_publish_log_and_the_last_one_is_checkpointe
         ("evaluate", 2),
         ("log", 2),
         ("checkpoint", 2),
+        ("proved", 2),
     ]
 
 
@@ -157,7 +159,7 @@ async def test_a_stop_in_the_middle_finishes_the_step_at_hand_and_checkpoints_it
 async def test_a_stop_while_waiting_for_rollouts_checkpoints_the_step_before() -> None:
     run = await trained(9, stop_in_take_at=3)
     assert run.steps_of("update") == [0, 1, 2]
-    assert run.calls[-2:] == [("take", 3), ("checkpoint", 3)]
+    assert run.calls[-3:] == [("take", 3), ("proved", 3), ("checkpoint", 3)]
 
 
 @pytest.mark.parametrize("every", [1, 2, 4, 100])

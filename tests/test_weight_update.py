@@ -143,6 +143,43 @@ def test_tensors_are_aligned_do_not_overlap_and_lie_within_the_segment(
     assert layout.total_bytes - end < ALIGNMENT
 
 
+def block(layer: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and sizes of a decoder layer as transformers orders them; sizes no multiple of 64 bytes."""
+    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+    return [
+        *(
+            (f"{attention}.{name}_proj.weight", (rows, 5))
+            for name, rows in zip("qkv", (7, 3, 3), strict=True)
+        ),
+        *(
+            (f"{attention}.{name}_proj.bias", (rows,))
+            for name, rows in zip("qkv", (7, 3, 3), strict=True)
+        ),
+        (f"{attention}.o_proj.weight", (5, 7)),
+        (f"{mlp}.gate_proj.weight", (11, 5)),
+        (f"{mlp}.up_proj.weight", (11, 5)),
+    ]
+
+
+@given(st.permutations(block(0) + block(1)), dtypes)
+def test_tensors_that_engines_fuse_lie_side_by_side_in_their_order(
+    given_shapes: list[tuple[str, tuple[int, ...]]], dtype: str
+) -> None:
+    layout = WeightLayout.of(given_shapes, dtype)
+    assert [spec.name for spec in layout.tensors] == [name for name, _ in given_shapes]
+    found = {spec.name: spec for spec in layout.tensors}
+    for layer in (0, 1):
+        for stem, parts in (("self_attn.{}_proj.weight", "qkv"), ("self_attn.{}_proj.bias", "qkv"),
+                            ("mlp.{}_proj.weight", ("gate", "up"))):  # fmt: skip
+            names = [f"model.layers.{layer}.{stem.format(part)}" for part in parts]
+            assert found[names[0]].offset % ALIGNMENT == 0
+            for one, two in pairwise(names):
+                assert found[two].offset == found[one].offset + found[one].num_bytes
+    ranges = sorted((spec.offset, spec.offset + spec.num_bytes) for spec in layout.tensors)
+    assert all(one[1] <= two[0] for one, two in pairwise(ranges))
+    assert ranges[-1][1] <= layout.total_bytes
+
+
 @given(shapes, st.integers(1, 50))
 def test_buckets_cover_the_segment_without_gap_or_overlap(
     given_shapes: list[tuple[str, tuple[int, ...]]], kilobytes: int

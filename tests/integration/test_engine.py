@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors import weight_segment
 from actors.vllm_engine import CPU_ENGINE_ENV
+from actors.weight_segment import SegmentInUse
 from actors.weight_update import WeightsRejected, WeightUpdate
 
 pytestmark = pytest.mark.timeout(300)
@@ -199,6 +201,27 @@ def test_exported_weights_give_the_same_greedy_completion_in_transformers(
     with torch.no_grad():
         theirs = model.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
     assert tuple(theirs[0, 4:].tolist()) == greedy.ids
+
+
+def test_an_engine_may_compute_on_the_segment_that_the_learner_writes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From here on it does; the head is tied to the embedding."""
+    generator = bench.generator
+    generator._config = generator._config.model_copy(update={"weight_memory": "shared"})
+    bench.run(generator.agree_layout(bench.learner._publisher.layout))
+    for number in range(3):
+        perturb(bench, 0.1)
+        assert bench.push()["probe_difference"] <= 1e-5
+        completion = bench.generate(request(f"shared{number}", temperature=1.0))[0]
+        expected = learner_logprobs(bench, (40, 41, 42, 43), completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+    update = bench.publish()
+    monkeypatch.setattr(weight_segment, "WRITE_WAIT_S", 0.0)
+    with pytest.raises(SegmentInUse, match="a receiver still reads"):  # what it proved last
+        bench.publish()
+    bench.run(generator.receive_weights(update))
+    bench.push()
 
 
 def test_a_flipped_bit_is_refused_and_nothing_is_sampled_after_it(bench: Bench) -> None:

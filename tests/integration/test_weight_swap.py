@@ -1,0 +1,171 @@
+"""New weights in a real vLLM engine: it computes what transformers computes from the same numbers,
+by whichever way they got there. One engine, with untied embeddings and biases, serves all tests."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors import weight_delta, weight_receiver
+from actors.config import GeneratorsConfig
+from actors.vllm_engine import CPU_ENGINE_ENV, make_engine, probe_params
+from actors.weight_segment import SegmentInUse, WrittenSegment
+from actors.weight_update import (
+    BaseMissing,
+    Probe,
+    WeightLayout,
+    WeightsRejected,
+    WeightUpdate,
+    digest_buckets,
+)
+
+IDS = tuple(range(3, 27))
+
+
+@dataclass
+class Bench:
+    """An engine, the same model in transformers, and two segments between them."""
+
+    engine: Any
+    model: Any
+    layout: WeightLayout
+    segments: tuple[WrittenSegment, ...]
+    first: dict[str, Any]
+    version: int = 0
+
+    def receiver(self, method: str, *given: Any) -> Any:
+        return self.engine.collective_rpc(method, args=given)[0]
+
+    def image(self) -> np.ndarray:
+        """New weights in transformers' model; its bytes by the layout."""
+        import torch
+
+        self.version += 1
+        torch.manual_seed(self.version)
+        image = np.zeros(self.layout.total_bytes, np.uint8)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for spec in self.layout.tensors:
+                parameter = parameters[spec.name]
+                parameter.copy_(self.first[spec.name] + 0.1 * torch.randn_like(parameter))
+                piece = parameter.numpy().reshape(-1).view(np.uint8)
+                image[spec.offset : spec.offset + spec.num_bytes] = piece
+        return image
+
+    def update(self, image: np.ndarray, **how: Any) -> WeightUpdate:
+        digests = digest_buckets(self.layout, image)
+        return WeightUpdate(self.version, self.layout.id, digests, Probe((1,), ()), **how)
+
+    def written(self) -> WeightUpdate:
+        image, segment = self.image(), self.segments[self.version % 2]
+        with segment.locked(wait_s=0):
+            segment.data[:] = image
+        return self.update(image, segment=segment.path)
+
+    def error(self) -> float:
+        """max |vLLM's logprob - transformers'| over IDS."""
+        import torch
+
+        name = f"ids-{self.version}"
+        self.engine.reset_prefix_cache()
+        self.engine.add_request(name, {"prompt_token_ids": list(IDS)}, probe_params())
+        outputs: list[Any] = []
+        while self.engine.has_unfinished_requests():
+            outputs += self.engine.step()
+        found = [
+            row[token].logprob
+            for row, token in zip(outputs[-1].prompt_logprobs[1:], IDS[1:], strict=True)
+        ]
+        with torch.no_grad():
+            logits = self.model(torch.tensor([IDS]), use_cache=False).logits[0, :-1]
+        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+        return float(np.abs(np.array(found) - expected.numpy()).max())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    os.environ.update(CPU_ENGINE_ENV)
+    from transformers import AutoModelForCausalLM
+
+    from tests.learner_cases import write_qwen2
+
+    folder = tmp_path_factory.mktemp("untied")
+    path = write_qwen2(folder / "model", tie_word_embeddings=False)
+    config = GeneratorsConfig(max_model_len=64, max_num_seqs=2, kv_cache_bytes=1 << 24)
+    engine = make_engine(config, path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    layout = WeightLayout.of(((n, tuple(p.shape)) for n, p in model.named_parameters()), "float32")
+    segments = tuple(
+        WrittenSegment(str(folder / f"segment-{turn}"), layout.total_bytes, create=True)
+        for turn in (0, 1)
+    )
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return Bench(engine, model, layout, segments, first)
+
+
+def in_pieces(layout: WeightLayout, image: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(image[start:end] for start, end in layout.buckets)
+
+
+def not_planned(*_: Any, **__: Any) -> None:
+    return None
+
+
+# In this order, a way at a time: an engine that computes on a segment stays with it.
+@pytest.fixture(scope="module", params=["reloaded", "packed", "shared"])
+def way(request: pytest.FixtureRequest, bench: Bench) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reloaded":
+            patch.setattr(weight_receiver, "_plan", not_planned)
+        bench.receiver("agree_layout", bench.layout, request.param == "shared", True)
+    return request.param
+
+
+def test_every_update_is_what_transformers_computes(bench: Bench, way: str) -> None:
+    for _ in range(3):
+        spent = bench.receiver("receive_weights", bench.written())
+        assert spent.keys() == {"verify_s", "apply_s"}
+        assert bench.error() < 2e-5
+    way_back = bench.update(bench.image(), payload=())
+    with pytest.raises(WeightsRejected):
+        bench.receiver("receive_weights", replace(way_back, segment=bench.segments[0].path))
+
+
+def test_deltas_are_exact_and_need_their_base(bench: Bench, way: str) -> None:
+    with pytest.raises(BaseMissing, match=r"delta to -5.*send it in full"):
+        bench.receiver("receive_weights", bench.update(bench.image(), payload=(), base=-5))
+    before = bench.image()
+    bench.receiver("receive_weights", bench.update(before, payload=in_pieces(bench.layout, before)))
+    for _ in range(2):
+        base, now = bench.version, bench.image()
+        delta = weight_delta.encode(bench.layout, before, now)
+        bench.receiver("receive_weights", bench.update(now, payload=delta, base=base))
+        assert bench.error() < 2e-5
+        before = now
+    wrong = weight_delta.encode(bench.layout, bench.image(), bench.image())
+    with pytest.raises(WeightsRejected, match="not those the learner digested"):
+        bench.receiver("receive_weights", bench.update(before, payload=wrong, base=base + 1))
+
+
+def test_a_segment_that_an_engine_computes_on_cannot_be_written(bench: Bench) -> None:
+    """After the last way, shared. What the engine has left can be written."""
+    for _ in range(2):
+        bench.receiver("receive_weights", bench.written())
+    in_use, left = bench.segments[bench.version % 2], bench.segments[(bench.version + 1) % 2]
+    with pytest.raises(SegmentInUse, match="still reads"), in_use.locked(wait_s=0):
+        pass
+    with left.locked(wait_s=0), pytest.raises(SegmentInUse, match="being written"):
+        bench.receiver("receive_weights", bench.update(left.data, segment=left.path))
+
+
+def test_segments_that_are_gone_stay_with_those_who_compute_on_them(bench: Bench) -> None:
+    bench.receiver("receive_weights", bench.written())
+    for segment in bench.segments:
+        segment.remove()
+    assert not list(Path(bench.segments[0].path).parent.glob("segment-*"))
+    assert bench.error() < 2e-5
