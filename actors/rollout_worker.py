@@ -27,6 +27,10 @@ from actors.weight_update import WeightLayout, WeightUpdate
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
 
 
+# Seconds. A call to the reward service costs this process milliseconds that its engine needs.
+GATHER_S = 0.05
+
+
 class Engine(Protocol):
     """What a rollout needs of a generator."""
 
@@ -84,8 +88,8 @@ class RolloutWorker:
         score_together: bool,
     ) -> None:
         """`score_together`: score all prompts of a submit in one call, in order, once the last is
-        sampled. Then scores cannot depend on timing, which synchronous runs promise; otherwise each
-        completion is scored as soon as it is there."""
+        sampled. Then scores cannot depend on timing, which synchronous runs promise; otherwise a
+        prompt is scored when its samples are there, with those that are within GATHER_S of it."""
         self._engine = engine
         self._rewards = rewards
         self._sampling = sampling
@@ -93,6 +97,7 @@ class RolloutWorker:
         self._score_together = score_together
         self._finished: asyncio.Queue[_Scored | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sampled: list[tuple[Prompt, int, Completion]] = []  # to be scored with the next call
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._engine.name})"
@@ -117,8 +122,8 @@ class RolloutWorker:
         if self._score_together:
             self._spawn(self._roll_out(groups))
         else:
-            for group in groups:
-                self._spawn(self._roll_out([group]))
+            for prompt, samples in groups:
+                self._spawn(self._gather(prompt, samples))
 
     async def take(
         self, timeout_s: float, linger_s: float = 0.0
@@ -186,6 +191,19 @@ class RolloutWorker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _gather(self, prompt: Prompt, samples: list[asyncio.Future[Completion]]) -> None:
+        """Wait for one prompt's samples; the first of a gathering scores it."""
+        try:
+            done = [(prompt, number, await future) for number, future in enumerate(samples)]
+        except Exception as error:
+            self._finished.put_nowait(error)
+            return
+        self._sampled += done
+        if len(self._sampled) == len(done):
+            await asyncio.sleep(GATHER_S)
+            gathered, self._sampled = self._sampled, []
+            await self._finish(gathered)
+
     async def _roll_out(
         self, groups: list[tuple[Prompt, list[asyncio.Future[Completion]]]]
     ) -> None:
@@ -195,6 +213,13 @@ class RolloutWorker:
                 for prompt, futures in groups
                 for number, future in enumerate(futures)
             ]
+        except Exception as error:
+            self._finished.put_nowait(error)
+            return
+        await self._finish(samples)
+
+    async def _finish(self, samples: list[tuple[Prompt, int, Completion]]) -> None:
+        try:
             self._finished.put_nowait(await self._score(samples))
         except Exception as error:  # handed to whoever takes, who decides; never lost in a task
             self._finished.put_nowait(error)

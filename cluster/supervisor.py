@@ -28,9 +28,10 @@ from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
 POLL_S = 1.0
 PING_TIMEOUT_S = 30.0
-# Seconds for which a generator gathers before it answers, for each generator there is: the driver
-# then takes a thousand answers a second at most, however many generators there are.
-LINGER_S = 1e-3
+# Seconds for which a generator gathers before it answers. An answer costs it milliseconds that its
+# engine needs; and the driver takes about a thousand a second, however many generators there are.
+LINGER_S = 0.05
+LINGER_PER_GENERATOR_S = 1e-3
 
 
 class Supervisor:
@@ -57,7 +58,8 @@ class Supervisor:
         self._collectors: list[asyncio.Task[None]] = []
         self._push: asyncio.Task[Any] | None = None
         # In a synchronous run each answers once a step, and the step waits for it.
-        self._linger_s = LINGER_S * (len(generators) - 1) if ledger.max_staleness else 0.0
+        linger_s = max(LINGER_S, LINGER_PER_GENERATOR_S * len(generators))
+        self._linger_s = linger_s if ledger.max_staleness else 0.0
         self.version = 0  # that every generator has proved
 
     # ---- the flow of prompts
