@@ -26,7 +26,6 @@ from actors.trajectory import Completion, Key, Prompt, Trajectory, to_table, tra
 from actors.weight_update import WeightLayout, WeightUpdate
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
 
-
 # Seconds. A call to the reward service costs this process milliseconds that its engine needs.
 GATHER_S = 0.05
 

@@ -230,7 +230,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def header(*packages: str) -> None:
     """The command, the machine and the versions: what a figure means nothing without."""
     versions = "  ".join(f"{name} {version(name)}" for name in ("torch", "ray", *packages))
-    print(f"command: {shlex.join(['python', *sys.argv])}")
+    script = os.path.relpath(sys.argv[0], ROOT)
+    print(f"command: {shlex.join(['python', script, *sys.argv[1:]])}")
     print(f"machine: {os.cpu_count()} cores, {platform.processor() or platform.machine()}")
     print(f"versions: Python {platform.python_version()}  {versions}", flush=True)
 

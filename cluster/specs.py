@@ -9,9 +9,6 @@ from cluster.doctor import Inputs
 from cluster.roles import RolloutSpec
 from learner.learner_spec import LearnerSpec, probe_ids
 
-# Each has its logprob computed from every matrix. On a GPU 24 cost what 8 do; on CPU three times that.
-PROBE_TOKENS = {"cpu": 8, "cuda": 24}
-
 
 def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
     return RolloutSpec(
@@ -43,10 +40,6 @@ def learner_spec(config: RunConfig, inputs: Inputs) -> LearnerSpec:
         seed=config.seed,
         num_steps=config.num_steps,
         push_dtype=config.generators.dtype,
-        probe_ids=probe_ids(
-            inputs.vocabulary_size,
-            set(inputs.tokenizer.all_special_ids),
-            PROBE_TOKENS[config.device],
-        ),
+        probe_ids=probe_ids(inputs.vocabulary_size, set(inputs.tokenizer.all_special_ids)),
         push_delta=config.generators.weight_push == "delta",
     )
