@@ -134,12 +134,16 @@ def trajectory_id(prompt_id: str, epoch: int, sample_index: int) -> str:
     return f"{prompt_id}-e{epoch}-{sample_index}"
 
 
+def keys_of(table: pa.Table) -> list[Key]:
+    """The key of each row."""
+    return list(zip(table["prompt_id"].to_pylist(), table["epoch"].to_pylist(), strict=True))
+
+
 def select(tables: Sequence[pa.Table], keys: Sequence[Key]) -> pa.Table:
     """The trajectories of `keys` out of `tables`, in the order of `keys`. KeyError if one is in none."""
     whole = pa.concat_tables(tables)
     rows: dict[Key, list[int]] = {}
-    names = zip(whole["prompt_id"].to_pylist(), whole["epoch"].to_pylist(), strict=True)
-    for row, key in enumerate(names):
+    for row, key in enumerate(keys_of(whole)):
         rows.setdefault(key, []).append(row)
     return whole.take([row for key in keys for row in rows[key]]).combine_chunks()
 

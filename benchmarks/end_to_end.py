@@ -6,7 +6,7 @@ One step: 64 trajectories of 16 prompt tokens and at most 128 completion tokens,
 minibatches, float32. In turn, `--rounds` times: the raw parts (raw_parts.py: core-seconds of raw
 vLLM generation, bare forwards, bare update, one thread each, packed), then `raylign train`
 asynchronous at staleness 1, synchronous, and variants that do less work. The first two steps of a
-run warm up; each figure is the median over all later steps of all rounds.
+run warm up and the last one is left out; each figure is the median over all others of all rounds.
 
 ideal seconds a step = core-seconds of the raw parts / number of cores;
 share_of_ideal = ideal / measured.
@@ -16,22 +16,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from benchmarks import work
+from benchmarks.measure import watch
 
 WARM_UP = 2
+LIMIT_S = 3600
 # One engine of 64 seats does the work of two of 32 in fewer steps; two end a synchronous wait sooner.
 SYNC = {"max_staleness": 0, "generators.count": 2, "learner.ranks": 2}
 ASYNC = {"max_staleness": 1, "generators.count": 1, "learner.ranks": 2}
@@ -57,7 +55,6 @@ class Measured:
     update_s: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     first_step_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
 
 
 def raw_parts(model: Path) -> dict[str, float]:
@@ -84,73 +81,28 @@ def _child(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train(folder: Path, model: Path, changes: dict[str, Any], into: Measured) -> Path:
-    """One run of the command, as a user starts it; its folder."""
+def train(folder: Path, model: Path, changes: dict[str, Any], into: Measured) -> None:
+    """One run of the command, as a user starts it; its steady steps go `into` the measured ones."""
     run = folder / "runs" / "end-to-end"
     shutil.rmtree(run, ignore_errors=True)
     path = folder / "end-to-end.yaml"
     path.write_text(yaml.safe_dump(work.config(folder, run.name, model, **changes)))
-    started = time.time()
     command = [sys.executable, "-m", "cluster.cli", "train", str(path)]
-    with (folder / "end-to-end.log").open("w") as log:
-        process = psutil.Popen(command, cwd=work.ROOT, stdout=log, stderr=subprocess.STDOUT)
-        sampler = Sampler(process)
-        try:
-            code = process.wait()
-        finally:
-            sampler.stop()
-            if process.is_running():
-                process.terminate()
-    if code != 0:
-        sys.exit(f"{run.name} ended with {code}; see {log.name}")
+    watched = watch(command, work.ROOT, folder / "end-to-end.log", LIMIT_S)
     lines = work.read_metrics(run)
-    steady = lines[WARM_UP:]
+    # Without the last step: while it learns nothing more is generated, so it is faster.
+    steady = lines[WARM_UP:-1]
     into.step_s += [line["time/step_s"] for line in steady]
     into.tokens += [line["rollout/completion_tokens"] for line in steady]
     into.wait_s += [line["time/rollout_wait_s"] for line in steady]
     into.update_s += [line["time/update_s"] for line in steady]
-    into.memory.append(sampler.peak)
-    into.first_step_s.append(lines[0]["time"] - started)
-    return run
-
-
-class Sampler:
-    """The peak memory of a process and all below it: shared pages counted once (PSS), as far as
-    the system tells."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self.peak = 0.0
-        self._process = process
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(2.0):
-            self.peak = max(self.peak, self._now())
-
-    def _now(self) -> float:
-        total = 0.0
-        try:
-            processes = [self._process, *self._process.children(recursive=True)]
-        except psutil.Error:
-            return 0.0
-        for process in processes:
-            try:
-                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                total += 1024 * int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1])  # type: ignore[index]
-            except (OSError, TypeError):
-                continue
-        return total
+    into.memory.append(watched.peak_bytes)
+    into.first_step_s.append(lines[0]["time"] - watched.started)
 
 
 def measure(lengths: str, options: Any) -> dict[str, float]:
     model = work.write_model(options.folder / lengths, natural=lengths == "natural")
-    steps = WARM_UP + (2 if options.quick else 5)
+    steps = WARM_UP + (2 if options.quick else 5) + 1
     overrides = dict(item.split("=", 1) for item in options.overrides)
     changes = {key: yaml.safe_load(value) for key, value in overrides.items()}
     names = list(VARIANTS)[: 2 if lengths == "fixed" else None]

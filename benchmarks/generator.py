@@ -26,6 +26,7 @@ import yaml
 from actors.prompts import PromptStream
 from actors.vllm_engine import CPU_ENGINE_ENV
 from benchmarks import work
+from benchmarks.raw_parts import raw_engine
 from cluster.config import RunConfig, load_config
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
@@ -44,14 +45,7 @@ def raw(folder: str) -> None:
     """A process that generates all prompts each time it is sent a line; answers with tokens."""
     import vllm
 
-    llm = vllm.LLM(
-        model=folder,
-        dtype="float32",
-        max_model_len=160,
-        max_num_seqs=64,
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 27,
-    )
+    llm = raw_engine(folder, 128)
     tokenizer = llm.get_tokenizer()
     prompts = [{"prompt_token_ids": tokenizer.encode(text)} for text in work.prompts(PROMPTS)]
     parameters = vllm.SamplingParams(max_tokens=128, temperature=1.0, logprobs=0)

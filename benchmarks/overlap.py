@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks import work
+from benchmarks import help_desk, work
 
 STALENESS, ANCHORS = (0, 1, 2, 4), ("learner", "behavior")
 STEPS, EVERY, WARM_UP = 12, 3, 2
@@ -22,7 +22,7 @@ STEPS, EVERY, WARM_UP = 12, 3, 2
 
 def run(folder: Path, staleness: int, anchor: str, seed: int) -> dict[str, Any]:
     name = f"overlap-{staleness}-{anchor}"
-    work.raylign(
+    help_desk.raylign(
         folder,
         "train",
         "ppo",
@@ -56,7 +56,7 @@ def main() -> None:
     kinds = list(product(STALENESS, ANCHORS))
     found: dict[tuple[int, str], list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for seed in seeds:
-        folder = work.help_desk(options.folder.resolve() / f"help-desk-{seed}", seed)
+        folder = help_desk.prepared(options.folder.resolve() / f"help-desk-{seed}", seed)
         for kind in kinds:  # side by side: the machine's speed drifts
             found[kind].append(run(folder, *kind, seed))
     base = found[0, "learner"]

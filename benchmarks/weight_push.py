@@ -30,10 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from actors.trajectory import Trajectory, to_table, trajectory_id
 from actors.vllm_engine import CPU_ENGINE_ENV
 from actors.weight_segment import WrittenSegment
 from benchmarks import work
+from benchmarks.contenders import Job, trajectories
 from cluster.config import RunConfig
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
@@ -247,25 +247,6 @@ def growth(pushes: dict[int, list[Push]]) -> float:
 # ---- what a delta sends
 
 
-def batch(count: int = 4, tokens: int = 32) -> Any:
-    """Trajectories of random tokens and random scores."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        ids = rng.integers(2, 100, work.PROMPT_TOKENS + tokens).tolist()
-        rows.append(
-            Trajectory(
-                trajectory_id=trajectory_id(f"p{i}", 0, 0), prompt_id=f"p{i}", sample_index=0,
-                epoch=0, prompt_ids=tuple(ids[: work.PROMPT_TOKENS]),
-                completion_ids=tuple(ids[work.PROMPT_TOKENS :]), behavior_logprobs=(-5.0,) * tokens,
-                policy_version=0, policy_version_max=0, version_spans=((0, 0),), prompt="",
-                completion="", finish_reason="length", score=float(rng.normal()), score_parts={},
-                temperature=1.0, generator_id="g", generated_at=0.0, generate_s=0.0, score_s=0.0,
-            )
-        )  # fmt: skip
-    return to_table(rows)
-
-
 def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float, float]]:
     """(dtype, learning rate) -> share of the bytes that a delta sends after the second of two PPO
     steps (Adam's first is the same for every number), and seconds to encode it."""
@@ -273,6 +254,7 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
     from learner.weight_publisher import WeightPublisher
 
     found = {}
+    batch = trajectories(Job("", 100, [(work.PROMPT_TOKENS, 32)] * 4))
     for lr in LEARNING_RATES:
         policy = {"lr": lr, "decay": "constant"}
         config = config_of(options, size, "delta", **{"ppo.policy": policy, "ppo.minibatches": 1})
@@ -280,7 +262,7 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
         with tempfile.TemporaryDirectory(prefix="raylign-push-") as folder:
             worker = LearnerWorker(spec, 0)
             worker.start(Rendezvous(1, file=f"{folder}/rendezvous"))
-            worker.update(batch(), 1, 0, folder)
+            worker.update(batch, 1, 0, folder)
             publishers = {
                 dtype: WeightPublisher(
                     worker._update.models.policy, dtype=dtype, segment=None, delta=True
@@ -288,7 +270,7 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
                 for dtype in ("float32", "bfloat16")
             }
             full = {d: p.publish(1, worker._probe).payload_bytes for d, p in publishers.items()}
-            worker.update(batch(), 2, 1, folder)
+            worker.update(batch, 2, 1, folder)
             for dtype, publisher in publishers.items():
                 update = publisher.publish(2, worker._probe)
                 found[dtype, lr] = (update.payload_bytes / full[dtype], update.write_s)

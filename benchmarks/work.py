@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -182,36 +181,6 @@ def config(folder: Path, name: str, model: Path, **changes: Any) -> dict[str, An
 def read_metrics(run: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def help_desk(folder: Path, seed: int) -> Path:
-    """A folder with the quickstart's data, SFT policy and reward model, made once."""
-    if not (folder / "runs/support-rm/model").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        python(folder, "-m", "examples.support_replies.generate", "--seed", str(seed))
-        raylign(folder, "sft", "sft", f"seed={seed}", "--in-process", "--overwrite")
-        raylign(folder, "reward-model", "reward_model", f"seed={seed}", "--overwrite")
-    return folder
-
-
-def raylign(folder: Path, command: str, config: str, *words: str, code: Path = ROOT) -> None:
-    """A command of raylign on a config of the quickstart, in `folder`, with the code in `code`."""
-    path = code / "examples/support_replies" / f"{config}.yaml"
-    python(folder, "-m", "cluster.cli", command, str(path), *words, code=code)
-
-
-def python(folder: Path, *words: str, code: Path = ROOT) -> None:
-    """Raises CalledProcessError, the output before it on stderr, if it fails."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(code)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.stderr.write(done.stdout + done.stderr)
-        done.check_returncode()
 
 
 # ---- printing

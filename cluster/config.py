@@ -78,12 +78,26 @@ class StageConfig(StrictModel):
         return Path(self.runs_dir) / self.name
 
 
-class SFTRunConfig(StageConfig):
-    stage: Literal["sft"]
+class LearnerStageConfig(StageConfig):
+    """What the stages with an FSDP learner have."""
+
+    stage: str  # first, so that a file of another kind is told so before anything else
     num_steps: PositiveInt
+    learner: LearnerConfig = LearnerConfig()
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.learner.cpu_offload and self.device == "cpu":
+            raise ValueError(
+                "learner.cpu_offload: with device cpu there is no GPU to offload from; leave it out"
+            )
+        return self
+
+
+class SFTRunConfig(LearnerStageConfig):
+    stage: Literal["sft"]
     model: str
     sft: SFTConfig
-    learner: LearnerConfig = LearnerConfig()
 
 
 class RewardRunConfig(StageConfig):
@@ -92,11 +106,10 @@ class RewardRunConfig(StageConfig):
     training: RewardTrainingConfig
 
 
-class RunConfig(StageConfig):
+class RunConfig(LearnerStageConfig):
     """PPO: the prompts, the generators, the reward and the learner of one run."""
 
     stage: Literal["train"]
-    num_steps: PositiveInt
     batch_size: PositiveInt  # trajectories a step
     max_staleness: int = Field(default=0, ge=0)
     policy: str  # Hugging Face folder
@@ -106,7 +119,6 @@ class RunConfig(StageConfig):
     sampling: SamplingConfig
     generators: GeneratorsConfig = GeneratorsConfig()
     reward: RewardServiceConfig
-    learner: LearnerConfig = LearnerConfig()
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()

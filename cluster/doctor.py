@@ -18,6 +18,7 @@ from actors.config import PromptsConfig
 from actors.prompts import load_prompts, load_tokenizer
 from actors.trajectory import Prompt
 from cluster.config import BadInput, RunConfig
+from learner.model_limits import refuse_dropout
 from reward_service.config import (
     FunctionScorerConfig,
     HttpScorerConfig,
@@ -42,14 +43,15 @@ class Inputs:
 def check_inputs(config: RunConfig) -> Inputs:
     """Raises BadInput, or returns what the run starts from."""
     try:
-        model = model_config(config.policy, "policy")
+        model = policy_config(config.policy, "policy")
         tokenizer = load_tokenizer(config.policy)
         _check_tokenizer(config.policy, tokenizer, model)
         _check_context(config, model)
         if config.reference is not None:
+            policy_config(config.reference, "reference")
             same_vocabulary(config.policy, config.reference, "reference")
         if config.ppo.value_init is not None:
-            model_config(config.ppo.value_init, "ppo.value_init")
+            policy_config(config.ppo.value_init, "ppo.value_init")
             same_vocabulary(config.policy, config.ppo.value_init, "ppo.value_init")
         check_scorer(config.reward.scorer, config.policy, "reward.scorer")
         prompts, dropped = _prompts(config, config.prompts, tokenizer)
@@ -136,6 +138,13 @@ def model_config(folder: str, key: str) -> dict[str, Any]:
         raise ValueError(f"{key}: {path}: not JSON ({error}); copy the model again") from None
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise ValueError(f"{key}: {path}: no vocab_size in it; give a text-only causal model")
+    return config
+
+
+def policy_config(folder: str, key: str) -> dict[str, Any]:
+    """`model_config` of a model that the learner trains or compares with: it must compute it exactly."""
+    config = model_config(folder, key)
+    refuse_dropout(f"{key}: {folder}", config)
     return config
 
 

@@ -44,9 +44,9 @@ def _filled(parts: dict[str, float], window_s: float, rest: str) -> dict[str, fl
 
 
 def since(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """What the counters of `now` have grown by; those that `before` lacks started at 0."""
+    """What the counters of `now` have grown by; what `before` lacks or does not know started at 0."""
     return {
-        name: value - before.get(name, 0)
+        name: value - (before.get(name) or 0)
         for name, value in now.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

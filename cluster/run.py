@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from actors.trajectory import Prompt
+from actors.trajectory import Prompt, keys_of
 from actors.weight_update import WeightUpdate
 from cluster import checkpoints
 from cluster.config import RunConfig
@@ -22,11 +22,10 @@ from cluster.metrics import MetricsWriter
 from cluster.placement import Host, Member, RoleFailed, ask
 from cluster.role_times import Times, role_times, since
 from cluster.run_files import RunFiles
-from cluster.supervisor import Supervisor
+from cluster.supervisor import PING_TIMEOUT_S, Supervisor
 from learner.learner_spec import Samples
 from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
-PING_TIMEOUT_S = 30.0
 SELF_CHECK_PROMPTS = 16
 HISTORY = 16  # steps
 
@@ -39,6 +38,9 @@ class Counters:
     spent: dict[str, float]
     generators: list[dict[str, Any]]
     reward: dict[str, float]
+
+    def generators_since(self, before: Counters) -> list[dict[str, float]]:
+        return [since(*pair) for pair in zip(self.generators, before.generators, strict=True)]
 
 
 @dataclass
@@ -64,20 +66,16 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
     _roles: dict[str, str] = field(default_factory=dict)
     _boundary: tuple[int, int] = (0, 0)
-    _busy_s: float = 0.0
-    _flowing: Counters | None = None  # as they were when the first prompt went out
-    _logged_at: float = 0.0
-    _asked_at: float = 0.0
-    _push: asyncio.Task[dict[str, float]] | None = None
+    _first: Counters | None = None  # as they were when the first prompt went out
+    _last: Counters | None = None  # at the last step
 
     # ---- the verbs of a step
 
     async def take(self) -> Batch | None:
         """Lease what may be leased, then wait for the next batch; None if a stop was asked for."""
         self._doing("learner", "waiting for rollouts")
-        if self._flowing is None:
-            self._flowing = await self._counters()
-            self._logged_at = self._asked_at = time.time()
+        if self._first is None:
+            self._first = self._last = await self._counters()
         self._boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
         await self.supervisor.admit()
         return await self.supervisor.take(self.step, self.stop)
@@ -86,15 +84,14 @@ class Run:
         """The learner's PPO step; meanwhile the generators are asked what they did."""
         self._doing("learner", f"update of step {self.step + 1}")
         folder = self.files.folder / "trajectories"
-        learned, rollout = await asyncio.gather(
-            self.learner.update(batch, self.step + 1, self.step, folder), self._rollout_rates()
+        learned, (seconds, busy_share) = await asyncio.gather(
+            self.learner.update(batch, self.step + 1, self.step, folder), self._since_last_step()
         )
-        since, self._logged_at = time.time() - self._logged_at, time.time()
         return {
             **learned,
-            **rollout,
-            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / since,
-            "rollout/samples_per_s": self.config.batch_size / since,
+            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / seconds,
+            "rollout/samples_per_s": self.config.batch_size / seconds,
+            "rollout/generator_busy_share": busy_share,
             "reward/dropped": float(self.supervisor.ledger.num_dropped),
         }
 
@@ -103,24 +100,22 @@ class Run:
 
         Synchronous runs wait until every generator has proved them. Otherwise the learner goes on
         and the push ends beside its next step; the metrics are then those of the push before."""
-        metrics = await self.proved()  # two segments take turns: the last push must have ended
+        metrics = await self.proved()  # of the last push, which must have ended
         self._doing("learner", f"publishing version {version}")
         started = time.perf_counter()
         update = await self.learner.publish(version)
         self._event_of(update, time.perf_counter() - started)
-        self._push = asyncio.create_task(self._pushed(update, started))
-        self.supervisor.watch(self._push)
+        self.supervisor.begin(self._pushed(update, started))
         return await self.proved() if self.config.max_staleness == 0 else metrics
 
     async def proved(self) -> dict[str, float]:
         """Once every generator has proved what was last published: metrics of that push."""
-        push, self._push = self._push, None
-        return await push if push is not None else {}
+        return await self.supervisor.proved()
 
     async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
         proofs = await self.supervisor.push(update)
         seconds = time.perf_counter() - started
-        if self.config.max_staleness and self._flowing is not None:
+        if self.config.max_staleness and self._first is not None:
             await self.supervisor.admit()
         return {
             "weights/push_s": seconds,
@@ -216,8 +211,7 @@ class Run:
         self.supervisor.stream.cursor = state["cursor"]
         self.supervisor.ledger.restore(state["ledger"])
         saved = pq.read_table(checkpoint.buffer)
-        keys = zip(saved["prompt_id"].to_pylist(), saved["epoch"].to_pylist(), strict=True)
-        self.supervisor.buffer.add(dict.fromkeys(keys), self.host.share(saved))
+        self.supervisor.buffer.add(dict.fromkeys(keys_of(saved)), self.host.share(saved))
         self.seconds = state["seconds"]
         self.files.rewind(checkpoint.step, state["num_dropped"])
         self.files.event("resumed", step=checkpoint.step)
@@ -257,16 +251,14 @@ class Run:
 
     async def role_times(self) -> Times:
         """What each role did since the first prompt went out; {} if none did."""
-        if (before := self._flowing) is None:
+        if (before := self._first) is None:
             return {}
         now = await self._counters()
-        pairs = zip(now.generators, before.generators, strict=True)
-        reward = since(now.reward, before.reward)
         return role_times(
             now.at - before.at,
             since(now.spent, before.spent),
-            [since(*pair) for pair in pairs],
-            {"busy_s": reward["reward/busy_s"]},
+            now.generators_since(before),
+            {"busy_s": since(now.reward, before.reward)["reward/busy_s"]},
         )
 
     async def _counters(self) -> Counters:
@@ -274,17 +266,15 @@ class Run:
         reward = await ask(self.rewards, self.rewards.handle.stats, within=PING_TIMEOUT_S)
         return Counters(time.perf_counter(), dict(self.seconds), statuses, reward)
 
-    async def _rollout_rates(self) -> dict[str, float]:
-        """What the generators did since they were last asked."""
-        statuses = await self.supervisor.statuses()
-        since, self._asked_at = time.time() - self._asked_at, time.time()
-        busy = sum(status["busy_s"] for status in statuses)
-        generating = max(busy - self._busy_s, 1e-9) / len(statuses)
-        self._busy_s = busy
-        for member, status in zip(self.supervisor.generators, statuses, strict=True):
+    async def _since_last_step(self) -> tuple[float, float]:
+        """The seconds since this was last asked, and the share of them in which generators decoded."""
+        now, before = await self._counters(), self._last
+        assert before is not None, "take comes first"
+        self._last, seconds = now, now.at - before.at
+        busy = [one["busy_s"] for one in now.generators_since(before)]
+        for member, status in zip(self.supervisor.generators, now.generators, strict=True):
             self._doing(member.name, f"{status['running']} running, {status['waiting']} waiting")
-        self.spent("generation", generating)
-        return {"rollout/generator_busy_share": generating / since}
+        return seconds, self.spent("generation", sum(busy) / len(busy)) / seconds
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
-from cluster.doctor import check_gpus, model_config
+from cluster.doctor import check_gpus, model_config, policy_config
 from cluster.learner_group import meet
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
@@ -28,7 +28,7 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     with fast_import():
         from learner.supervised import load_supervised
     try:
-        model_config(config.model, "model")
+        policy_config(config.model, "model")
         load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)
     except ValueError as error:
         raise BadInput(str(error)) from None

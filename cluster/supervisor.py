@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from actors.prompts import PromptStream
@@ -56,7 +56,7 @@ class Supervisor:
         self._holder: dict[Key, int] = {}
         self._changed = asyncio.Event()
         self._collectors: list[asyncio.Task[None]] = []
-        self._push: asyncio.Task[Any] | None = None
+        self._push: asyncio.Task[dict[str, float]] | None = None
         # In a synchronous run each answers once a step, and the step waits for it.
         linger_s = max(LINGER_S, LINGER_PER_GENERATOR_S * len(generators))
         self._linger_s = linger_s if ledger.max_staleness else 0.0
@@ -91,16 +91,16 @@ class Supervisor:
         """Until something changed, a collector or a push failed, or a stop is asked for."""
         self._collect()
         waits = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(stop.wait())]
-        pushes = [self._push] if self._push is not None else []
-        watched: list[asyncio.Task[Any]] = [*self._collectors, *pushes]
+        # Collectors never end but by failing; a push that has ended well is waited for no more.
+        watched: list[asyncio.Task[Any]] = [*self._collectors]
+        if self._push is not None and not _ended_well(self._push):
+            watched.append(self._push)
         await asyncio.wait([*waits, *watched], return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         for task in watched:
             if task.done():
                 task.result()  # raises what it failed of
-        if self._push is not None and self._push.done():
-            self._push = None
 
     async def _submit(self, prompts: list[Prompt]) -> None:
         shares: list[list[Prompt]] = [[] for _ in self.generators]
@@ -189,9 +189,15 @@ class Supervisor:
         self.version = update.version
         return proofs
 
-    def watch(self, push: asyncio.Task[Any]) -> None:
-        """Let `take` fail with this push, which nobody awaits yet."""
-        self._push = push
+    def begin(self, push: Coroutine[Any, Any, dict[str, float]]) -> None:
+        """Run a push beside everything else; `take` fails with it."""
+        assert self._push is None, "two segments take turns: the last push must have ended"
+        self._push = asyncio.create_task(push)
+
+    async def proved(self) -> dict[str, float]:
+        """What the push that was begun last returned, once it has ended; {} if that was told already."""
+        push, self._push = self._push, None
+        return await push if push is not None else {}
 
     async def statuses(self, within: float = PING_TIMEOUT_S) -> list[dict[str, Any]]:
         return await self._each(lambda it: it.status, within=within)
@@ -219,3 +225,7 @@ class Supervisor:
             ask(member, method(member.handle), *args, within=within) for member in self.generators
         )
         return await asyncio.gather(*calls)
+
+
+def _ended_well(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

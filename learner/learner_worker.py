@@ -27,9 +27,10 @@ from learner.policy import PolicyModel, even_length, load_policy, load_value_mod
 from learner.ppo_update import Metrics, PPOUpdate
 from learner.process_group import free_address, join
 from learner.rollout_metrics import rollout_metrics
+from learner.sharding import unsharded
 from learner.supervised import SupervisedRows, load_supervised
 from learner.sweep import Models, Share, sweep
-from learner.weight_publisher import WeightPublisher, unsharded
+from learner.weight_publisher import WeightPublisher
 
 
 class LearnerWorker:

@@ -7,29 +7,19 @@ equally often, with an empty share if need be.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 
 from learner.config import LearnerConfig
 from learner.logprobs import token_logprobs
+from learner.model_limits import refuse_dropout
 from learner.packed_attention import use_packed_attention
 from learner.packing import PackedRows
-
-# Layers smaller than this share a collective: a call costs the same however little it gathers.
-UNIT_BYTES = 32 * 2**20
+from learner.sharding import shard
 
 
 class PolicyModel(nn.Module):
@@ -131,7 +121,7 @@ def load_policy(
         empty = build(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
     use_packed_attention(empty.lm)
     empty.requires_grad_(not frozen)
-    return _shard(empty, empty.lm, full, mesh, config)
+    return shard(empty, empty.lm, full, mesh, config)
 
 
 @torch.no_grad()
@@ -158,21 +148,12 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     with torch.device("meta"):
         empty = ValueModel(AutoModel.from_config(hf_config, dtype=torch.float32))
     use_packed_attention(empty.trunk)
-    return _shard(empty, empty.trunk, full, mesh, config)
+    return shard(empty, empty.trunk, full, mesh, config)
 
 
 def _prepared(hf_config: Any, folder: str) -> Any:
-    """A copy of its own: models that share a config object share their attention setting too.
-
-    Dropout is refused: the same weights must answer the same twice, or no ratio would start at 1.
-    """
-    for name, value in hf_config.to_dict().items():
-        of_trunk = ("drop" in name) and not name.startswith(("classifier", "summary"))
-        if of_trunk and isinstance(value, float) and value > 0:
-            raise ValueError(
-                f"{folder}: {name} is {value} in config.json; dropout would move every ratio away "
-                "from 1, set it to 0"
-            )
+    """A copy of its own: models that share a config object share their attention setting too."""
+    refuse_dropout(folder, hf_config.to_dict())
     hf_config = copy.deepcopy(hf_config)
     hf_config.use_cache = False
     return hf_config
@@ -189,83 +170,3 @@ def _copy_score_head(folder: str, hf_config: Any, head: nn.Linear) -> None:
     with torch.no_grad():
         head.weight.copy_(score.weight / sd)
         head.bias.fill_(-mean / sd)
-
-
-def _shard(
-    model: Any, hf_model: Any, full: nn.Module | None, mesh: DeviceMesh, config: LearnerConfig
-) -> Any:
-    """fully_shard layers and the whole, then fill the shards from rank 0's full weights."""
-    trunk = getattr(hf_model, "base_model", hf_model)
-    if not hasattr(trunk, "layers"):
-        raise ValueError(
-            f"{type(hf_model).__name__}: no list of decoder layers to shard; not supported"
-        )
-    if config.activation_checkpointing:
-        hf_model.gradient_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
-        reduce_dtype=torch.float32,
-    )
-    offload = _offload(config, mesh)
-    for unit in _units(trunk.layers):
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    # True on the root too: else its parameters stay whole after a forward pass without gradient,
-    # and clip_grad_norm_ then leaves them out without a word.
-    fully_shard(
-        model,
-        mesh=mesh,
-        mp_policy=precision,
-        offload_policy=offload,
-        reshard_after_forward=True,
-    )
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Losses are normalised globally, so gradients are plain sums.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device="cpu" if config.cpu_offload else mesh.device_type)
-    if hasattr(hf_model, "tie_weights"):
-        hf_model.tie_weights()
-    set_model_state_dict(
-        model,
-        full.state_dict() if full is not None else {},
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-    )
-    _fill_buffers(model, full, mesh.device_type)
-    return model
-
-
-def _offload(config: LearnerConfig, mesh: DeviceMesh) -> OffloadPolicy:
-    if config.cpu_offload and mesh.device_type == "cpu":
-        raise ValueError(
-            "learner.cpu_offload: true, but the learner has no GPU to offload from; remove it"
-        )
-    return CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
-
-
-def _units(layers: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Consecutive layers that are gathered together, in units of UNIT_BYTES or more; what is left
-    over at the end is gathered with the embeddings."""
-    units: list[list[nn.Module]] = []
-    unit: list[nn.Module] = []
-    for layer in layers:
-        unit.append(layer)
-        weights = [parameter for one in unit for parameter in one.parameters()]
-        if sum(weight.numel() * weight.element_size() for weight in weights) >= UNIT_BYTES:
-            units.append(unit)
-            unit = []
-    return units
-
-
-def _fill_buffers(model: nn.Module, full: nn.Module | None, device: str) -> None:
-    """Rotary tables and other buffers are in no state dict: to_empty() left garbage in them. They
-    stand on the computing device even where the weights wait on the CPU."""
-    given = dict(full.named_buffers(remove_duplicate=False)) if full is not None else {}
-    for path, module in model.named_modules():
-        own = module.named_buffers(recurse=False, remove_duplicate=False)
-        for name, buffer in list(own):
-            filled = torch.empty_like(buffer, device=device)
-            if given:
-                filled.copy_(given[f"{path}.{name}" if path else name])
-            dist.broadcast(filled, 0)
-            setattr(module, name, filled)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,8 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -247,21 +245,6 @@ def _share(spec: TensorSpec, parameter: Tensor, item: int) -> tuple[int, int]:
     row = parameter.shape[1:].numel() * item
     first = offset[0] * row if offset else 0
     return spec.offset + first, torch.Size(shape).numel() * item
-
-
-def unsharded(model: Any) -> Any:
-    """`model` of a group of one, without FSDP's hooks: its shards are the whole parameters, which the
-    hooks would copy twice for every pass. The parameters are shared; no gradient is kept."""
-    kind = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
-    plain: Any = object.__new__(kind)
-    plain.__dict__ = dict(model.__dict__)
-    plain._forward_pre_hooks, plain._forward_hooks = OrderedDict(), OrderedDict()
-    plain._parameters = {
-        name: nn.Parameter(p.to_local(), requires_grad=False) if isinstance(p, DTensor) else p
-        for name, p in model._parameters.items()
-    }
-    plain._modules = {name: child and unsharded(child) for name, child in model._modules.items()}
-    return plain
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:

@@ -130,6 +130,13 @@ def model_folder(world: World, *files: str) -> str:
     return str(folder)
 
 
+def dropping(world: World) -> str:
+    folder = Path(model_folder(world, "model.safetensors", "tokenizer.json"))
+    settings = json.loads((world.policy / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+    return str(folder)
+
+
 CASES: dict[str, Case] = {
     "an unknown key": changes({"bach_size": 8}, "run.yaml", "bach_size", "did you mean batch_size?"),
     "an unknown key further in": changes({"ppo.kl.coeff": 1}, "ppo.kl.coeff", "did you mean coef?"),
@@ -156,6 +163,9 @@ CASES: dict[str, Case] = {
     ),
     "shared weights on a GPU": changes(
         {"generators.weight_memory": "shared", "device": "cuda"}, "weight_memory: shared", "leave it out"
+    ),
+    "offloading without a GPU": changes(
+        {"learner.cpu_offload": True}, "learner.cpu_offload", "leave it out"
     ),
     "no cache size on CPU": changes(
         {"generators.kv_cache_bytes": None}, "generators.kv_cache_bytes", "try 67108864"
@@ -214,6 +224,9 @@ CASES: dict[str, Case] = {
     "a policy without a tokenizer": Case(
         lambda w: {"policy": model_folder(w, "config.json", "model.safetensors")},
         ("half", "no tokenizer.json"),
+    ),
+    "a policy with dropout": Case(
+        lambda w: {"policy": dropping(w)}, ("policy: ", "attention_dropout is 0.1", "set it to 0")
     ),
     "a reference of another vocabulary": Case(
         lambda w: {"reference": str(w.stranger)},

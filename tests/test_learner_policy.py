@@ -15,7 +15,7 @@ from transformers import (
     Gemma2ForCausalLM,
 )
 
-from learner import policy as policy_module
+from learner import sharding
 from learner.config import LearnerConfig
 from learner.packing import PackedRows
 from learner.policy import _check_head, even_length, load_policy, load_value_model
@@ -174,8 +174,8 @@ def test_offloading_to_the_cpu_is_refused_where_there_is_no_gpu():
 def test_layers_are_gathered_in_units_of_a_least_size_and_the_rest_with_the_embeddings(monkeypatch):
     layers = [torch.nn.Linear(8, 8, bias=False) for _ in range(5)]  # of 256 bytes
     for least, sizes in ((1, [1] * 5), (256, [1] * 5), (257, [2, 2]), (768, [3]), (2000, [])):
-        monkeypatch.setattr(policy_module, "UNIT_BYTES", least)
-        units = policy_module._units(layers)
+        monkeypatch.setattr(sharding, "UNIT_BYTES", least)
+        units = sharding._units(layers)
         assert [len(unit) for unit in units] == sizes
         assert [one for unit in units for one in unit] == layers[: sum(sizes)]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from learner import policy
+from learner import sharding
 from learner.config import KLConfig, LearnerConfig, OptimizerConfig, PtxConfig
 from learner.optimizer import NotFinite
 from tests.learner_cases import (
@@ -137,7 +137,7 @@ def _with_units(rank, meeting, given, table, folder):
     found = []
     for least in (1, layer_bytes + 1, 2**30):
         for checkpointing in (False, True):
-            policy.UNIT_BYTES = least
+            sharding.UNIT_BYTES = least
             given.learner = LearnerConfig(
                 activation_checkpointing=checkpointing, max_tokens_per_microbatch=30
             )

@@ -30,3 +30,7 @@ def test_clocks_that_disagree_never_give_a_negative_share() -> None:
 def test_counters_are_compared_by_name_and_words_are_left_out() -> None:
     now = {"busy_s": 5.0, "running": 3, "new": 2.0, "version": None, "name": "g", "ok": True}
     assert since(now, {"busy_s": 4.0, "running": 5}) == {"busy_s": 1.0, "running": -2, "new": 2.0}
+
+
+def test_what_was_not_known_before_counts_from_zero() -> None:
+    assert since({"policy_version": 3}, {"policy_version": None}) == {"policy_version": 3}

@@ -1,16 +1,29 @@
-"""What the peers' scripts share: JSON lines on stdout, and the proof that weights change.
+"""What the peers' scripts share: their arguments, JSON lines on stdout, and the proof that weights change.
 
 Imported in the peers' environments: nothing but torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+def arguments() -> argparse.Namespace:
+    """What run.py tells a script."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--beta", type=float, default=0.05)
+    parser.add_argument("--folder", type=Path, required=True)
+    return parser.parse_args()
 
 
 def line(**values: Any) -> None:

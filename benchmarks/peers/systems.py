@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from benchmarks import work
+from benchmarks.measure import watch
 from benchmarks.peers.environments import python_of, versions
-from benchmarks.peers.measure import watch
 
 KL = 0.05  # the coefficient, the same on both sides
 LIMIT_S = 900
@@ -64,8 +64,8 @@ class Raylign:
             [raylign, "train", str(path), *place.overrides],
             work.ROOT,
             place.folder / "logs" / f"{name}.log",
-            QUIET,
             LIMIT_S,
+            QUIET,
         )
         # Without the last step: while it learns nothing more is generated, so it is faster.
         rows = work.read_metrics(place.folder / "runs" / name)[:-1]
@@ -100,8 +100,8 @@ class Peer:
             ],
             work.ROOT,
             place.folder / "logs" / f"{name}-{self.processes}x{self.threads}.log",
-            PEERS | {"OMP_NUM_THREADS": str(self.threads)},
             LIMIT_S,
+            PEERS | {"OMP_NUM_THREADS": str(self.threads)},
         )
         rows = [json.loads(row) for row in watched.output.splitlines() if row.startswith("{")]
         _check(self.name, rows[-1])

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +41,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 from vllm import _custom_ops
 
-from benchmarks.peers.report import change, difference, line, snapshot, spread, total, versions
-from benchmarks.work import prompts, reward
+from benchmarks.peers.report import (
+    arguments,
+    change,
+    difference,
+    line,
+    snapshot,
+    spread,
+    total,
+    versions,
+)
+from benchmarks.work import LR, prompts, reward
 
 SAMPLES, OPTIMIZER_STEPS = 8, 4
 
@@ -87,16 +95,6 @@ def main() -> None:
     checks(trainer, rewards, before, served_before)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--beta", type=float, default=0.05)
-    parser.add_argument("--folder", type=Path, required=True)
-    return parser.parse_args()
-
-
 def configure_vllm() -> None:
     """What TRL has no option for; see above."""
     _custom_ops._supports_onednn = False
@@ -135,7 +133,7 @@ def config(options: argparse.Namespace) -> GRPOConfig:
         steps_per_generation=OPTIMIZER_STEPS,
         num_iterations=1,
         max_steps=options.steps * OPTIMIZER_STEPS,
-        learning_rate=1e-8,
+        learning_rate=LR,
         lr_scheduler_type="constant",
         beta=options.beta,
         ddp_find_unused_parameters=False,

@@ -29,8 +29,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-from benchmarks.peers.report import change, line, snapshot, spread, total, versions
-from benchmarks.work import EOS, PAD, PAD_ID, prompts, reward
+from benchmarks.peers.report import arguments, change, line, snapshot, spread, total, versions
+from benchmarks.work import EOS, LR, PAD, PAD_ID, prompts, reward
 
 BATCH = 64
 
@@ -51,16 +51,6 @@ def main() -> None:
     )
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--beta", type=float, default=0.05)
-    parser.add_argument("--folder")
-    return parser.parse_args()
-
-
 def make_trainer(options: argparse.Namespace) -> PPOTrainer:
     model, reference = (
         AutoModelForCausalLMWithValueHead.from_pretrained(options.model, torch_dtype=torch.float32)
@@ -73,7 +63,7 @@ def make_trainer(options: argparse.Namespace) -> PPOTrainer:
         eos_token=EOS,
         padding_side="left",
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     return PPOTrainer(config(options), model, reference, tokenizer, optimizer=optimizer)
 
 

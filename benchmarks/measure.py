@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-INTERVAL_S = 1.0
+# Reading it costs the system 0.1 s of CPU for a run of 14 processes: 1 % of two cores.
+INTERVAL_S = 5.0
 
 
 @dataclass
@@ -21,19 +23,20 @@ class Watched:
 
 
 def watch(
-    command: list[str], folder: Path, log: Path, env: dict[str, str], limit_s: int
+    command: list[str], folder: Path, log: Path, limit_s: float, env: dict[str, str] | None = None
 ) -> Watched:
     """The command's output goes to `log`. A failure names it and shows its end."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started, peak, seen = time.time(), 0, {}
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **env}, stdout=stream, stderr=stream
+            command, cwd=folder, env={**os.environ, **(env or {})}, stdout=stream, stderr=stream
         )
         try:
             while process.poll() is None and time.time() < started + limit_s:
                 peak = max(peak, _memory(process.pid, seen))
-                time.sleep(INTERVAL_S)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(INTERVAL_S)
         finally:
             _end(process, seen)
     if time.time() >= started + limit_s:
