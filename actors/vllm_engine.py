@@ -54,6 +54,7 @@ def make_engine(config: GeneratorsConfig, model: str) -> Any:
     return LLMEngine.from_engine_args(
         EngineArgs(
             model=model,
+            load_format="safetensors",  # never a pickle
             dtype=config.dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs + 1,  # the probe always finds a seat

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.config import PromptsConfig
@@ -58,6 +59,8 @@ class AuditResult:
         if self.violation is not None:
             return f"audit failed: {self.violation}"
         trained, steps = self.checked.get("samples trained", 0), self.checked.get("steps", 0)
+        if not trained:
+            return "audit passed: 0 samples, the run is still starting"
         return (
             f"audit passed: {trained:,} samples in {steps:,} steps, each trained at most once, "
             f"none missing, {self.checked.get('samples dropped', 0):,} dropped with a reason"
@@ -103,6 +106,8 @@ class _Audit:
         self._drops()
         self._epochs()
         self._checkpoints()
+        if not self._trained and self._run.state != "starting":
+            raise Violation("0 samples: nothing was trained")
 
     def _count(self, what: str, number: int = 1) -> None:
         self._checked[what] = self._checked.get(what, 0) + number
@@ -224,9 +229,10 @@ class _Audit:
             if (problem := checkpoints.damage(folder)) is not None:
                 raise Violation(problem)
             manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
-            if folder.name != f"step-{manifest['step']:06}":
-                raise Violation(f"{folder}: its manifest is of step {manifest['step']}")
-            if manifest["step"] > self._num_steps:
+            step = manifest.get("step")
+            if not isinstance(step, int) or folder.name != f"step-{step:06}":
+                raise Violation(f"{folder}: its manifest is of step {step!r:.20}")
+            if step > self._num_steps:
                 raise Violation(f"{folder}: there are trajectories of {self._num_steps} steps only")
             self._count("checkpoints")
             self._count("checkpoint files", len(manifest["files"]))
@@ -242,7 +248,7 @@ def _read_step(file: Path) -> list[dict[str, Any]]:
         if missing:
             raise Violation(f"{file.name}: no column {missing[0]}")
         return opened.read(COLUMNS).to_pylist()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise Violation(f"{file.name}: not readable ({' '.join(str(error).split())})") from None
 
 

@@ -10,13 +10,18 @@ from cluster import checkpoints
 from cluster.config import BadInput
 
 
-def export_run(run_dir: Path, out: Path, step: int | None, dtype: str) -> None:
-    """Raises BadInput if there is no such intact checkpoint, or `out` holds something already."""
+def export_run(
+    run_dir: Path, out: Path, step: int | None, dtype: str, *, trust_checkpoint: bool = False
+) -> None:
+    """Raises BadInput if there is no such intact checkpoint of this run (or, if it is trusted, of
+    another), or `out` holds something already."""
     if dtype not in ("float32", "bfloat16"):
         raise BadInput(f"--dtype: {dtype}; give float32 or bfloat16")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: is no empty folder; give a new one")
     checkpoint = _checkpoint(run_dir, step)
+    if not trust_checkpoint:
+        checkpoints.check_origin(checkpoint.path)
     source = yaml.safe_load((run_dir / "config.yaml").read_text())["policy"]
     from learner.hf_folder import export_checkpoint
 
@@ -27,7 +32,8 @@ def _checkpoint(run_dir: Path, step: int | None) -> checkpoints.Checkpoint:
     if step is None:
         found, problems = checkpoints.newest_intact(run_dir)
         if found is None:
-            raise BadInput(f"{run_dir}: no intact checkpoint ({'; '.join(problems) or 'none yet'})")
+            why = "; ".join(problems) or "none yet"
+            raise BadInput(f"{run_dir}: no intact checkpoint ({why}); go on with the run first")
         return found
     path = run_dir / "checkpoints" / f"step-{step:06d}"
     if problem := checkpoints.damage(path):

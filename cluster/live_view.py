@@ -6,7 +6,6 @@ The same class serves every stage; it shows whichever of its figures a step has.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections import deque
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
+
+from cluster.redaction import printable
 
 MAX_ROLE_LINES = 12
 RECENT_STEPS = 20  # the time left is judged by these
@@ -51,20 +52,6 @@ def figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         for figure in FIGURES
         if figure.name in metrics
     ]  # fmt: skip
-
-
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.I)
-_SECRET_TEXT = re.compile(r"(?i)(?<=bearer )\S+|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """`text` without secrets (values of environment variables such as HF_TOKEN, bearer tokens,
-    passwords in URLs) and without control characters: a completion must not steer the terminal."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name) and not value.startswith("/"):
-            text = text.replace(value, "***")
-    return _CONTROL.sub("", _SECRET_TEXT.sub("***", text))
 
 
 def _one_line(text: str) -> str:

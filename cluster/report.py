@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import report_charts as charts
-from cluster.live_view import duration, printable
+from cluster.live_view import duration
 from cluster.metrics import METRICS, metric
+from cluster.redaction import printable
 from cluster.report_charts import Series, number
 from cluster.report_layout import BANDS, SECTIONS, STYLE, TILES, Tile
 from cluster.run_status import (

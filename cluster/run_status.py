@@ -13,8 +13,9 @@ import psutil
 import pyarrow.parquet as pq
 
 from cluster.config import BadInput
-from cluster.live_view import duration, figures, printable
+from cluster.live_view import duration, figures
 from cluster.metrics import read_json_lines
+from cluster.redaction import printable
 
 Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
 LAST_EVENTS = 8

@@ -63,6 +63,17 @@ def _quoted(word: str) -> str:
 def _probe(address: str) -> None:
     try:
         urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+    except urllib.error.HTTPError as refused:
+        if refused.code not in (401, 403):
+            raise BadInput(
+                f"--address: {address} is no Ray dashboard (it answers with status {refused.code}); "
+                "give the head's, such as http://HEAD:8265"
+            ) from None
+        if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+            raise BadInput(
+                f"--address: {address} wants a token; export RAY_AUTH_MODE=token, and "
+                "RAY_AUTH_TOKEN_PATH with the file that holds it"
+            ) from None
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise BadInput(
             f"--address: no Ray dashboard answers at {address} ({error}); start one with: ray start --head"

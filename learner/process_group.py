@@ -44,7 +44,9 @@ def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> DeviceMesh:
 def _store(rendezvous: Rendezvous, rank: int, timeout: timedelta) -> dist.Store:
     world_size = rendezvous.world_size
     if rendezvous.file:
-        return dist.FileStore(rendezvous.file, world_size)
+        store = dist.FileStore(rendezvous.file, world_size)
+        store.set_timeout(timeout)
+        return store
     address = (rendezvous.host, rendezvous.port)
     return dist.TCPStore(*address, world_size, is_master=rank == 0, timeout=timeout)
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 FailureKind = Literal["invalid", "raised", "timeout"]
 
+MAX_PARTS, MAX_NAME = 100, 200
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
@@ -43,9 +45,17 @@ class ScoreResponse:
         if not isinstance(self.parts, Mapping):
             kind = type(self.parts).__name__
             raise InvalidScore(f"{self.trajectory_id}: parts is {kind}, not a mapping")
-        parts = {str(name): self._number(name, value) for name, value in self.parts.items()}
+        if len(self.parts) > MAX_PARTS:
+            raise InvalidScore(f"{self.trajectory_id}: {len(self.parts)} parts, above {MAX_PARTS}")
+        parts = {self._name(name): self._number(name, value) for name, value in self.parts.items()}
         object.__setattr__(self, "score", self._number("score", self.score))
         object.__setattr__(self, "parts", parts)
+
+    def _name(self, name: object) -> str:
+        """Metrics are named after it, and Arrow stores it as UTF-8."""
+        if not str(name).isprintable() or len(str(name)) > MAX_NAME:
+            raise InvalidScore(f"{self.trajectory_id}: {name!r:.80} is no name for a part")
+        return str(name)
 
     def _number(self, name: object, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):

@@ -70,6 +70,8 @@ class RewardServiceConfig(StrictModel):
     max_wait_s: float = Field(default=0.01, ge=0)  # how long a batch waits to fill
     deadline_s: PositiveFloat = 60.0  # per request, retries included
     max_retries: int = Field(default=2, ge=0)
+    max_restarts: int = Field(default=3, ge=0)  # of the service's process
+    start_timeout_s: PositiveFloat = 300.0  # to load, the first time and after a restart
     max_concurrency: PositiveInt = 4  # scorer calls at once
     on_failure: Literal["fail", "drop"] = "fail"
     num_gpus: float = Field(default=0.0, ge=0)  # of the service's actor; a fraction shares one

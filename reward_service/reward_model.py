@@ -32,7 +32,9 @@ class RewardModelScorer:
         self._model = load_reward_model(config.path, dtype=getattr(torch, config.dtype))
         self._mean, self._sd = _normalisation(config.path, self._model.config)
         self._tokenizer: Any = (
-            AutoTokenizer.from_pretrained(config.path) if config.input == "text" else None
+            AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+            if config.input == "text"
+            else None
         )
         # One thread: forward passes share the cores (or the device), and do not gain from others.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-model")
@@ -70,14 +72,14 @@ def load_reward_model(path: str, *, dtype: torch.dtype) -> Any:
     folder has not exactly one label, lacks weights (they would be random), or has no score head."""
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path}: no config.json; give the folder of a trained reward model")
-    labels = AutoConfig.from_pretrained(path).num_labels
+    labels = AutoConfig.from_pretrained(path, trust_remote_code=False).num_labels
     if labels != 1:
         raise ValueError(
             f"{path}: has {labels} labels, a reward model has one; "
             "train one from this folder with `raylign reward-model`"
         )
     model, loading = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(

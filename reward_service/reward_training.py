@@ -66,7 +66,8 @@ def train(
         raise ValueError(f"{out}: exists already; remove it, or choose another name")
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model}: no config.json; give the folder of a causal language model")
-    tokenizer, longest = AutoTokenizer.from_pretrained(model), config.max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    longest = config.max_tokens
     pairs = read_pairs(config.pairs, tokenizer, longest)
     held_out, reference = list[Pair](), list[list[int]]()
     if config.held_out_pairs is not None:
@@ -105,7 +106,12 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, min_lr_ratio: float)
 
 def _with_zero_head(path: str, tokenizer: Any) -> nn.Module:
     model, loading = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        path,
+        num_labels=1,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     if missing := sorted(set(loading["missing_keys"]) - {"score.weight"}):
         raise ValueError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from actors.trajectory import TRAJECTORY_SCHEMA, Trajectory, to_table, trajectory_id
 from cluster.audit import AuditResult, audit
@@ -155,6 +160,29 @@ def test_a_run_that_is_not_finished_passes_so_far(tmp_path: Path, steps: int) ->
         assert "there are trajectories of" in violation(run)
     else:
         assert audit(run).violation is None
+
+
+def nothing_trained(folder: Path, state: str | None, pid: int) -> Path:
+    run = make_run(folder, steps=0, drops=0)
+    shutil.rmtree(run / "checkpoints")
+    if state is not None:
+        status = {"state": state, "pid": pid, "updated_at": time.time()}
+        (run / "status.json").write_text(json.dumps(status))
+    return run
+
+
+@pytest.mark.parametrize("state", [None, "failed", "stopped", "running", "starting"])
+def test_a_run_that_trained_nothing_fails_and_says_so(tmp_path: Path, state: str | None) -> None:
+    """The one that claims to be starting has lost its process."""
+    nobody = 2**22 + 1  # beyond the largest pid
+    said = violation(nothing_trained(tmp_path, state, nobody))
+    assert said == "0 samples: nothing was trained"
+
+
+def test_a_run_that_is_still_starting_need_not_have_trained(tmp_path: Path) -> None:
+    result = audit(nothing_trained(tmp_path, "starting", os.getpid()))
+    assert result.violation is None
+    assert str(result).splitlines()[-1] == "audit passed: 0 samples, the run is still starting"
 
 
 def remove_line(name: str, index: int = -1) -> Callable[[Path], None]:
@@ -343,3 +371,37 @@ def test_what_cannot_be_audited_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_the_result_reads_as_a_table() -> None:
     text = str(AuditResult({"steps": 2, "samples trained": 1234}, None))
     assert text.splitlines()[:2] == ["steps                    2", "samples trained      1,234"]
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("audited"))
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+    st.sampled_from(["flip", "cut", "insert", "empty"]),
+    st.binary(min_size=1, max_size=9),
+)
+@settings(max_examples=150)
+def test_whatever_happened_to_a_file_the_audit_ends_with_a_verdict(
+    shared_run: Path, file: int, place: int, how: str, odd: bytes
+) -> None:
+    """BadInput where the config or the prompts are at fault; any other exception would be a bug."""
+    files = sorted(path for path in shared_run.rglob("*") if path.is_file())
+    path = files[file % len(files)]
+    whole = path.read_bytes()
+    place %= max(1, len(whole))
+    broken = {
+        "flip": whole[:place] + odd + whole[place + len(odd) :],
+        "cut": whole[:place],
+        "insert": whole[:place] + odd + whole[place:],
+        "empty": b"",
+    }[how]
+    try:
+        path.write_bytes(broken)
+        with contextlib.suppress(BadInput):
+            assert str(audit(shared_run))
+    finally:
+        path.write_bytes(whole)

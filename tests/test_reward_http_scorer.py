@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from actors.trajectory import to_table
 from reward_service.api import (
     InvalidScore,
     RewardFailure,
@@ -23,6 +26,7 @@ from reward_service.api import (
 )
 from reward_service.config import HttpScorerConfig
 from reward_service.http_scorer import HttpScorer
+from tests import tiny
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TOKEN = "s3cret-token"
@@ -252,3 +256,92 @@ def test_a_token_that_cannot_be_used_is_refused_by_the_name_of_its_variable(
     with pytest.raises(ValueError, match="JUDGE_TOKEN") as caught:
         HttpScorer(HttpScorerConfig(kind="http", url="https://j.example/", token_env="JUDGE_TOKEN"))
     assert not value or value not in str(caught.value)
+
+
+# ---- whatever an endpoint answers
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["\ud800", "t0", "t1", 10**400, "1.0", "\x1b[2J"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+one_row = st.fixed_dictionaries(
+    {},
+    optional={
+        "trajectory_id": st.sampled_from(["t0", "t1"]) | json_values,
+        "score": st.floats() | json_values,
+        "parts": st.dictionaries(st.sampled_from(["\ud800", "a", "\n"]) | st.text(max_size=3),
+                                 st.floats() | json_values, max_size=3) | json_values,
+    },
+)  # fmt: skip
+right_ids = st.tuples(one_row, one_row).map(
+    lambda two: [row | {"trajectory_id": f"t{i}"} for i, row in enumerate(two)]
+)
+answers = st.binary(max_size=80) | (
+    json_values | st.fixed_dictionaries({"responses": right_ids | st.lists(one_row, max_size=3)})
+).map(lambda value: json.dumps(value).encode())
+
+
+@given(answers)
+@settings(max_examples=500)
+def test_whatever_is_answered_is_a_whole_score_or_a_typed_failure(answer: bytes) -> None:
+    scorer = HttpScorer(HttpScorerConfig(kind="http", url="https://judge.example.com/"))
+    try:
+        results = scorer._decode(requests(2), answer)
+    except RewardFailure as refused:
+        said = str(refused)
+        said.encode()
+        assert "\x1b" not in said
+        return
+    assert [result.trajectory_id for result in results] == ["t0", "t1"]
+    for result in results:
+        if isinstance(result, ScoreFailure):
+            result.reason.encode()
+        else:  # such a score can be trained on, and stored
+            to_table([tiny.trajectory(score=result.score, score_parts=result.parts)])
+
+
+openings = st.sampled_from(
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n",
+        b"HTTP/1.1 999 \xff\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 20_000,
+        b"HTTP/9.9 200 OK\r\n\r\n",
+    ]
+)
+
+
+@given(openings, st.binary(max_size=60))
+@settings(max_examples=80)
+def test_whatever_bytes_come_over_the_wire_are_a_typed_failure(opening: bytes, rest: bytes) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(opening + rest)
+        await writer.drain()
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        scorer = HttpScorer(HttpScorerConfig(kind="http", url=url, timeout_s=2))
+        try:
+            with pytest.raises(RewardFailure):
+                await scorer.score(requests(1))
+        finally:
+            await scorer.close()
+            server.close()
+
+    asyncio.run(ask())

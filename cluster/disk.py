@@ -1,0 +1,56 @@
+"""Whether the disk takes what is to be written, and how to tell when it did not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from cluster.config import BadInput
+
+REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+
+
+def refusal_of(error: BaseException | None) -> OSError | None:
+    """The disk's refusal among the causes of `error`, in whichever process it was raised; or None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def existing_parent(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_disk(run_dir: Path, checkpoint_bytes: int) -> None:
+    """BadInput if the run could not write there, or not two checkpoints: one is kept until the next is
+    whole."""
+    parent, free = existing_parent(run_dir), free_bytes(run_dir)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInput(f"runs_dir: {parent} is no folder that can be written to; set runs_dir")
+    if free < 2 * checkpoint_bytes:
+        raise BadInput(
+            f"runs_dir: {parent} has {gib(free)} free, two checkpoints take about "
+            f"{gib(2 * checkpoint_bytes)}; make room, or set runs_dir"
+        )
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.3f} GiB"

@@ -1,0 +1,469 @@
+"""Every kind of bad input to the command line: how it comes about, and what its line names.
+
+tests/BAD_INPUTS.md lists them with the lines that are printed: `python -m tests.bad_input_table`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from cluster import checkpoints, cli, launch, placement, stages
+from tests import tiny
+from tests.bad_configs import CASES, Case, World
+
+PREFIX = "raylign: bad input: "
+Prepare = Callable[[World, pytest.MonkeyPatch], list[str]]  # -> the words of the command
+
+
+@dataclass(frozen=True)
+class Kind:
+    prepare: Prepare
+    named: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def raylign(*words: str) -> Outcome:
+    """A command, in this process."""
+    out, err, started, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main(list(words))
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue(), time.monotonic() - started)
+
+
+class NoRay:
+    """Stands in for RayHost: nothing that is bad input comes so far."""
+
+    def __init__(self, *given: Any) -> None:
+        raise AssertionError("Ray was started")
+
+
+class FewGpus:
+    """A cluster with one GPU."""
+
+    def __init__(self, *given: Any) -> None:
+        return
+
+    def num_gpus(self) -> float:
+        return 1.0
+
+    def close(self) -> None:
+        return
+
+
+def prepare(kind: Kind, world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    patch.chdir(world.folder)
+    patch.setattr(launch, "RayHost", NoRay)
+    patch.setattr(stages, "RayHost", NoRay)
+    return kind.prepare(world, patch)
+
+
+def run_config(world: World, changes: dict[str, Any]) -> str:
+    return str(tiny.write_yaml(world.folder / "run.yaml", world.tree(changes)))
+
+
+# ---- PPO: configs, and runs that are there or not
+
+
+def of_case(case: Case) -> Kind:
+    return Kind(
+        lambda world, _: ["train", run_config(world, case.changes(world)), *case.words], case.named
+    )
+
+
+def with_the_real_ray(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    """It is asked, and refuses before ray.init."""
+    patch.setattr(launch, "RayHost", placement.RayHost)
+    return ["train", run_config(world, {"ray_address": "127.0.0.1:1"})]
+
+
+def with_few_gpus(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    """The one refusal that needs a cluster to ask: here it is a fake one."""
+    patch.setattr(launch, "RayHost", FewGpus)
+    return ["train", run_config(world, {"device": "cuda", "generators.count": 4})]
+
+
+def with_little_room(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    patch.setattr("cluster.disk.free_bytes", lambda path: 1 << 20)
+    return ["train", run_config(world, {})]
+
+
+def with_a_file_for_runs(world: World, _: pytest.MonkeyPatch) -> list[str]:
+    (world.folder / "runs").write_text("a file")
+    return ["train", run_config(world, {})]
+
+
+def begun_run(world: World, tree: dict[str, Any] | None = None) -> Path:
+    """A run folder that has not come to a checkpoint."""
+    folder = world.folder / "runs/tiny"
+    folder.mkdir(parents=True)
+    tiny.write_yaml(folder / "config.yaml", tree or world.tree({}))
+    (folder / checkpoints.RUN_ID).write_text("tiny-1234\n")
+    return folder
+
+
+def write_checkpoint(run: Path, config: dict[str, Any]) -> Path:
+    aside = checkpoints.begin(run, 2)
+    (aside / checkpoints.DRIVER).write_text(json.dumps({"config": config}))
+    return checkpoints.commit(aside, 2, keep=1).path
+
+
+def over_a_run(world: World, _: pytest.MonkeyPatch) -> list[str]:
+    begun_run(world)
+    return ["train", run_config(world, {})]
+
+
+def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
+    """`break_it` is given the run's folder and the checkpoint's."""
+
+    def resume(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        run = begun_run(world)
+        from cluster.config import RunConfig, load_config
+
+        config = load_config(run / "config.yaml", [], RunConfig).model_dump(mode="json")
+        break_it(run, write_checkpoint(run, config))
+        return ["train", run_config(world, {}), "--resume", *words]
+
+    return resume
+
+
+def torn(_: Path, checkpoint: Path) -> None:
+    (checkpoint / checkpoints.DRIVER).write_text("{")
+
+
+def foreign(run: Path, _: Path) -> None:
+    (run / checkpoints.RUN_ID).write_text("tiny-5678\n")
+
+
+def without_id(_: Path, checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    del manifest[checkpoints.RUN_ID]
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+
+
+def nothing(_: Path, __: Path) -> None:
+    return
+
+
+TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
+    "a Ray that is not there": Kind(with_the_real_ray, ("ray_address", "nothing answers")),
+    "more GPUs than there are": Kind(
+        with_few_gpus, ("5 GPUs", "4 for generators", "the cluster has 1", "lower the counts")
+    ),
+    "a disk without room for two checkpoints": Kind(
+        with_little_room, ("runs_dir", "free", "make room")
+    ),
+    "a file where runs should be": Kind(
+        with_a_file_for_runs, ("runs_dir", "no folder that can be written to")
+    ),
+    "a name that has a run": Kind(over_a_run, ("runs/tiny", "--resume", "--overwrite", "name=")),
+    "one process for two generators": Kind(
+        lambda world, _: ["train", run_config(world, {"generators.count": 2}), "--in-process"],
+        ("--in-process", "generators.count=1"),
+    ),
+    "resuming from a damaged checkpoint alone": Kind(
+        resuming(torn), ("driver.json is not as it was written", "--overwrite")
+    ),
+    "resuming from another run's checkpoint": Kind(
+        resuming(foreign),
+        ("step-000002", "'tiny-1234'", "tiny-5678", "pickle", "--trust-checkpoint"),
+    ),
+    "resuming from a checkpoint without a run's id": Kind(
+        resuming(without_id), ("without a run's id", "pickle", "--trust-checkpoint")
+    ),
+    "resuming with another seed": Kind(
+        resuming(nothing, "seed=7"), ("seed: ", "made with 0", "says 7", "put it back")
+    ),
+    "resuming with another advantage": Kind(
+        resuming(nothing, "ppo.advantage=sequence"), ("ppo.advantage: ", "'gae'", "'sequence'")
+    ),
+}
+
+# ---- words that are no command, files that are no config
+
+
+def words(*given: str) -> Prepare:
+    return lambda world, _: list(given)
+
+
+USAGE = {
+    "no config given": Kind(words("train"), ("config", "raylign train --help")),
+    "an option that is none": Kind(
+        words("train", "--nope", "x.yaml"), ("--nope", "raylign train --help")
+    ),
+    "a command that is none": Kind(words("trian"), ("trian", "raylign --help")),
+    "a general option that is none": Kind(words("--nope"), ("--nope", "raylign --help")),
+    "no run given": Kind(words("status"), ("run", "raylign status --help")),
+    "a step that is no number": Kind(
+        words("export", "a", "b", "--step", "soon"), ("--step", "raylign export --help")
+    ),
+    "a word too many": Kind(words("status", "a", "b"), ("b", "raylign status --help")),
+    "restarts below zero": Kind(
+        words("train", "x.yaml", "--max-restarts", "-1"), ("--max-restarts", "--help")
+    ),
+}
+
+FILES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "no config file": (None, ("no such config file", "give")),
+    "a config that is no YAML": ("a: [1", ("not YAML", "fix the file")),
+    "a config that is one text": ("just words", ("not a mapping", "see examples/")),
+    "a config that is empty": ("", ("not a mapping",)),
+    "a config of a stage that is none": ("stage: nonsense\nname: x", ("stage",)),
+}
+
+
+def of_file(content: str | None, command: str = "train") -> Prepare:
+    def write(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        path = world.folder / "given.yaml"
+        if content is not None:
+            path.write_text(content)
+        return [command, str(path)]
+
+    return write
+
+
+CONFIG_FILES = {
+    name: Kind(of_file(content), ("given.yaml", *named)) for name, (content, named) in FILES.items()
+}
+
+# ---- other commands
+
+
+def on_a_run(*given: str, break_it: Callable[[Path, Path], Any] | None = None) -> Prepare:
+    def begin(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        run = begun_run(world)
+        if break_it is not None:
+            break_it(run, write_checkpoint(run, {}))
+        (world.folder / "full").mkdir()
+        (world.folder / "full/mine.txt").write_text("mine")
+        (world.folder / "file").write_text("mine")
+        return list(given)
+
+    return begin
+
+
+def on_half_a_run(*given: str) -> Prepare:
+    def begin(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        (world.folder / "runs/half").mkdir(parents=True)
+        return list(given)
+
+    return begin
+
+
+def of_another_stage(world: World, _: pytest.MonkeyPatch) -> list[str]:
+    begun_run(world, {"stage": "sft", "name": "tiny"})
+    return ["export", "tiny", "out"]
+
+
+def audit_without_prompts(world: World, _: pytest.MonkeyPatch) -> list[str]:
+    begun_run(world)
+    (world.folder / "prompts.jsonl").unlink()
+    return ["audit", "tiny"]
+
+
+def with_a_bundle(break_it: Callable[[Path], Any]) -> Prepare:
+    """A bundle of a refused step, with nothing in it but its form."""
+
+    def write(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        run = begun_run(world)
+        aside = checkpoints.set_aside(run / "replay/step-000003-1")
+        (aside / "learner").mkdir()
+        refusal = {"step": 3, "version": 2, "reason": "NaN", "metrics": {}}
+        for name in ("learner/.metadata", "batch.parquet", "config.yaml"):
+            (aside / name).write_text("")
+        (aside / "refusal.json").write_text(json.dumps(refusal))
+        bundle = checkpoints.seal(aside, 3)
+        break_it(bundle)
+        return ["replay", str(bundle)]
+
+    return write
+
+
+OTHERS = {
+    "a run that is not there": Kind(words("status", "nobody"), ("nobody", "runs", "--runs-dir")),
+    "a folder that is no run": Kind(on_half_a_run("report", "half"), ("half",)),
+    "an audit without the prompts' file": Kind(
+        audit_without_prompts, ("prompts.path", "no such file")
+    ),
+    "an export of no run": Kind(words("export", "nobody", "out"), ("nobody",)),
+    "an export without a checkpoint": Kind(
+        on_a_run("export", "tiny", "out"), ("no intact checkpoint",)
+    ),
+    "an export of a step that is not there": Kind(
+        on_a_run("export", "tiny", "out", "--step", "7"), ("step-000007", "raylign status")
+    ),
+    "an export in another dtype": Kind(
+        on_a_run("export", "tiny", "out", "--dtype", "int8"), ("int8", "float32 or bfloat16")
+    ),
+    "an export into a full folder": Kind(
+        on_a_run("export", "tiny", "full"), ("full", "no empty folder")
+    ),
+    "an export into a file": Kind(on_a_run("export", "tiny", "file"), ("file", "no empty folder")),
+    "an export of another run's checkpoint": Kind(
+        on_a_run("export", "tiny", "out", break_it=foreign), ("pickle", "--trust-checkpoint")
+    ),
+    "an export of a damaged checkpoint": Kind(
+        on_a_run("export", "tiny", "out", "--step", "2", break_it=torn),
+        ("driver.json is not as it was written", "raylign status"),
+    ),
+    "an export of a stage without checkpoints": Kind(of_another_stage, ("tiny",)),
+    "a bundle that is not there": Kind(
+        words("replay", "runs/tiny/replay/step-000003-1"), ("no such bundle", "runs/NAME/replay")
+    ),
+    "a damaged bundle": Kind(
+        with_a_bundle(lambda bundle: (bundle / "batch.parquet").unlink()),
+        ("batch.parquet is missing", "only an intact bundle"),
+    ),
+    "another run's bundle": Kind(
+        with_a_bundle(lambda bundle: foreign(bundle.parents[1], bundle)),
+        ("step-000003-1", "pickle", "--trust-checkpoint"),
+    ),
+}
+
+# ---- the stages before PPO
+
+
+def sft_tree(world: World, given: dict[str, Any]) -> dict[str, Any]:
+    data = tiny.write_jsonl(world.folder / "sft.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    sft = {"data": data, "batch_size": 2, "max_tokens": 16, "optimizer": {"lr": 1.0e-3}}
+    base = {"stage": "sft", "name": "tiny-sft", "runs_dir": str(world.folder / "runs")}
+    return tiny.changed(base | {"num_steps": 2, "model": str(world.policy), "sft": sft}, given)
+
+
+def sft(given: dict[str, Any], *named: str, row: Any = None, words: tuple[str, ...] = ()) -> Kind:
+    def write(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        tiny.write_jsonl(world.folder / "bad.jsonl", [row or {}])
+        path = tiny.write_yaml(world.folder / "sft.yaml", sft_tree(world, given))
+        return ["sft", str(path), *words]
+
+    return Kind(write, named)
+
+
+SFT = {
+    "SFT: no model": sft({"model": "nowhere"}, "model: nowhere", "no config.json"),
+    "SFT: no data file": sft({"sft.data": "absent.parquet"}, "absent.parquet", "no such file"),
+    "SFT: a missing column": sft(
+        {"sft.data": "bad.jsonl"}, "bad.jsonl", "'completion'", row={"text": "a"}
+    ),
+    "SFT: an empty completion": sft(
+        {"sft.data": "bad.jsonl"}, "row 0", "empty", row={"prompt": "a", "completion": ""}
+    ),
+    "SFT: a row that is too long": sft(
+        {"sft.data": "bad.jsonl"}, "row 0", "max_tokens",
+        row={"prompt": "a", "completion": "1" * 20},
+    ),
+    "SFT: a value out of bounds": sft({"sft.optimizer.lr": -1}, "sft.optimizer.lr"),
+    "SFT: an unknown key": sft({"sft.optimiser": 1}, "sft.optimiser", "did you mean optimizer?"),
+    "SFT: a name with a slash": sft({"name": "a/b"}, "name"),
+    "SFT: one process for two ranks": sft(
+        {"learner.ranks": 2}, "--in-process", "learner.ranks=1", words=("--in-process",)
+    ),
+}  # fmt: skip
+
+PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+
+
+def reward_model(given: dict[str, Any], row: dict[str, Any], *named: str) -> Kind:
+    def write(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        pairs = tiny.write_jsonl(world.folder / "pairs.jsonl", [row])
+        base = {
+            "stage": "reward_model",
+            "name": "tiny-rm",
+            "runs_dir": str(world.folder / "runs"),
+            "model": str(world.policy),
+            "training": {"pairs": pairs, "max_tokens": 16},
+        }
+        path = tiny.write_yaml(world.folder / "rm.yaml", tiny.changed(base, given))
+        return ["reward-model", str(path)]
+
+    return Kind(write, named)
+
+
+REWARD_MODEL = {
+    "reward model: no model": reward_model(
+        {"model": "nowhere"}, PAIR, "model: nowhere", "no config.json"
+    ),
+    "reward model: no pairs": reward_model(
+        {"training.pairs": "absent.parquet"}, PAIR, "absent.parquet", "no such file"
+    ),
+    "reward model: a missing column": reward_model(
+        {}, {"prompt": "a", "chosen": "b"}, "pairs.jsonl", "'rejected'"
+    ),
+    "reward model: a value of another type": reward_model(
+        {}, PAIR | {"chosen": 3}, "pairs.jsonl", "row 1", "chosen"
+    ),
+    "reward model: a row that is too long": reward_model(
+        {}, PAIR | {"chosen": "1" * 20}, "pairs.jsonl", "row 1", "max_tokens 16"
+    ),
+    "reward model: no held-out pairs": reward_model(
+        {"training.held_out_pairs": "absent.jsonl"}, PAIR, "absent.jsonl", "no such file"
+    ),
+    "reward model: nothing to normalise on": reward_model(
+        {"training.normalise_on": "absent.jsonl"}, PAIR, "absent.jsonl", "no such file"
+    ),
+    "reward model: an unknown key": reward_model(
+        {"training.epoch": 1}, PAIR, "training.epoch", "did you mean epochs?"
+    ),
+}
+
+# ---- submitting to a cluster
+
+
+def answering(status: int) -> Prepare:
+    """Where a dashboard should be, something answers with `status`, once."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            return
+
+    def serve(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+        patch.delenv("RAY_AUTH_MODE", raising=False)
+        server = HTTPServer(("127.0.0.1", 0), Refusing)
+        Thread(target=server.handle_request, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        return ["submit", run_config(world, {}), "--address", address]
+
+    return serve
+
+
+def to(address: str) -> Prepare:
+    return lambda world, _: ["submit", run_config(world, {}), "--address", address]
+
+
+SUBMIT = {
+    "submit: nobody answers": Kind(
+        to("http://127.0.0.1:1"), ("--address", "no Ray dashboard answers", "ray start --head")
+    ),
+    "submit: an address that is none": Kind(to("here"), ("--address", "here")),
+    "submit: a cluster that wants a token": Kind(
+        answering(401), ("wants a token", "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH")
+    ),
+    "submit: something else answers": Kind(answering(404), ("is no Ray dashboard", "status 404")),
+}
+
+KINDS: dict[str, Kind] = {
+    **TRAIN, **CONFIG_FILES, **USAGE, **OTHERS, **SFT, **REWARD_MODEL, **SUBMIT
+}  # fmt: skip
