@@ -8,7 +8,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 0
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup quickstart arithmetic test bench lint format clean
+.PHONY: help setup quickstart arithmetic test chaos bench lint format clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -30,6 +30,9 @@ arithmetic: setup ## SFT and PPO with a verifiable reward: learn to carry
 
 test: setup ## all tests: maths, components, and real Ray + vLLM + FSDP runs
 	$(BIN)/pytest
+
+chaos: setup ## break real runs on purpose: 200 faults, about 40 minutes
+	$(BIN)/python -m tests.chaos --seed $(SEED)
 
 bench: setup ## every benchmark; results into benchmarks/results/ (about two hours)
 	$(BIN)/python -m benchmarks

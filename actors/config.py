@@ -52,4 +52,7 @@ class GeneratorsConfig(StrictModel):
     # and generators keep one image of the weights more). For slow links between machines, with
     # bfloat16 above all; learner and generators on one machine then use no shared memory either.
     weight_push: Literal["full", "delta"] = "full"
+    max_restarts: int = Field(
+        default=10, ge=0
+    )  # of all generators together; one that fails is replaced
     rollout_timeout_s: PositiveFloat = 300.0  # no completion for so long: the generator has failed

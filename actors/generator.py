@@ -134,6 +134,10 @@ class Generator:
         """Asked of the engine thread itself, so that an answer proves that it still turns."""
         return await self._call(self._describe)
 
+    async def forget(self) -> None:
+        """Give up every request; whoever waits for one gets GeneratorFailed. Weights stay."""
+        await self._call(self._forget)
+
     async def close(self) -> None:
         self._closed = True
         self._inbox.put((lambda: None, lambda _: None))
@@ -292,6 +296,13 @@ class Generator:
             "completion_tokens": self._num_tokens,
             "first_token_at": self._first_token_at,
         }
+
+    def _forget(self) -> None:
+        self._engine.abort_request(list(self._started))
+        for _, reject in self._futures.values():
+            reject(GeneratorFailed(f"{self.name}: the request was given up"))
+        for gone in (self._futures, self._started, self._waiting, self._held):
+            gone.clear()
 
     def _refuse_all(self, error: Exception) -> None:
         """The engine is gone: every waiter, and whoever still comes, is told why. Nobody hangs."""

@@ -41,6 +41,7 @@ class Engine(Protocol):
     async def agree_layout(self, layout: WeightLayout) -> str: ...
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]: ...
     async def status(self) -> dict[str, Any]: ...
+    async def forget(self) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -180,10 +181,22 @@ class RolloutWorker:
     async def status(self) -> dict[str, Any]:
         return await self._engine.status()
 
+    async def reset(self) -> None:
+        """Forget every prompt, whatever state it is in; the engine and its weights stay."""
+        await self._cancel()
+        await self._engine.forget()
+        self._sampled.clear()
+        self._finished = asyncio.Queue()
+
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        await self._cancel()
         await self._engine.close()
+
+    async def _cancel(self) -> None:
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _spawn(self, rollout: Any) -> None:
         task = asyncio.create_task(rollout)

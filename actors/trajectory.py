@@ -173,10 +173,14 @@ def _column(values: list[Any], spec: pa.Field) -> pa.Array:
 
 
 def from_table(table: pa.Table) -> list[Trajectory]:
-    """The inverse of `to_table`, for reading runs back and for tests; not on the hot path."""
+    """The inverse of `to_table`, for reading runs back and for tests; not on the hot path. ValueError
+    if it holds anything that is no trajectory."""
     names = [f.name for f in fields(Trajectory)]
-    rows = table.select(names).to_pylist()
-    for row in rows:
-        row["version_spans"] = [(span["version"], span["start"]) for span in row["version_spans"]]
-        row["score_parts"] = dict(row["score_parts"])
-    return [Trajectory(**row) for row in rows]
+    try:
+        rows = table.select(names).cast(TRAJECTORY_SCHEMA).to_pylist()
+        for row in rows:
+            spans = [(span["version"], span["start"]) for span in row["version_spans"]]
+            row |= {"version_spans": spans, "score_parts": dict(row["score_parts"])}
+        return [Trajectory(**row) for row in rows]
+    except (KeyError, TypeError, pa.ArrowException) as error:
+        raise ValueError(f"no table of trajectories: {type(error).__name__}: {error}") from error

@@ -275,7 +275,7 @@ class Marking(MetricsWriter):
 
 
 async def _train(run: Run) -> None:
-    await run.supervisor.agree_layout(LAYOUT)
+    await run.supervisor.group.agree_layout(LAYOUT)
     await run.publish(0)
     await run.proved()
     await train(run)

@@ -130,7 +130,7 @@ class System:
     async def open(self) -> None:
         await self._learner.start(self._folder)
         segment = f"/dev/shm/raylign-{os.getpid()}-benchmark"
-        await self.supervisor.agree_layout(await self._learner.prepare_publish(segment))
+        await self.supervisor.group.agree_layout(await self._learner.prepare_publish(segment))
         await self._push()
 
     async def _push(self) -> float:
@@ -162,7 +162,9 @@ class System:
                 seconds.append(await self._push())
 
     async def _tokens(self) -> int:
-        return sum(status["completion_tokens"] for status in await self.supervisor.statuses())
+        return sum(
+            status["completion_tokens"] for status in (await self.supervisor.statuses()).values()
+        )
 
     async def close(self) -> None:
         await self.supervisor.close()

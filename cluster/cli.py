@@ -1,7 +1,8 @@
 """The command line: `raylign ...`, the same as `python -m cluster.cli ...`.
 
-Exit codes: 0 done; 1 an audit found a violation; 2 bad input, said in one line before any model is
-loaded; 3 the run failed; 130 or 143 stopped by SIGINT or SIGTERM after a checkpoint.
+Exit codes: 0 done; 1 an audit found a violation, or a replay another outcome; 2 bad input, said in one
+line before any model is loaded; 3 the run failed; 130 or 143 stopped by SIGINT or SIGTERM after a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ InProcess = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Delete an earlier run of the same name.")
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-checkpoint", help="Open a checkpoint of another run; it could run code."),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts", min=0, help="If the run fails or is killed, go on from its checkpoint."
+    ),
+]
 RunName = Annotated[str, typer.Argument(help="A run's name, or its folder.")]
 RunsDir = Annotated[str, typer.Option("--runs-dir", help="Where runs are.")]
 
@@ -56,14 +67,36 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
     overwrite: Overwrite = False,
+    trust_checkpoint: Trust = False,
+    max_restarts: MaxRestarts = 0,
 ) -> None:
     """PPO: generate, score, update, publish. Starts a Ray of its own, or joins the job's."""
     loaded = _load(config, overrides, RunConfig)
+    if max_restarts:
+        from cluster.restarts import run_again
+
+        given = {
+            "--in-process": in_process,
+            "--resume": resume,
+            "--overwrite": overwrite,
+            "--trust-checkpoint": trust_checkpoint,
+        }
+        flags = [name for name, on in given.items() if on]
+        words = [str(config), *(overrides or []), *flags]
+        sys.exit(run_again(words, loaded.run_dir, max_restarts=max_restarts))
     if in_process:
         _one_process(loaded)
     from cluster.launch import run_ppo
 
-    sys.exit(run_ppo(loaded, in_process=in_process, resume=resume, overwrite=overwrite))
+    sys.exit(
+        run_ppo(
+            loaded,
+            in_process=in_process,
+            resume=resume,
+            overwrite=overwrite,
+            trust_checkpoint=trust_checkpoint,
+        )
+    )
 
 
 @app.command()
@@ -100,13 +133,21 @@ def submit(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
     overwrite: Overwrite = False,
+    max_restarts: MaxRestarts = 0,
+    trust_checkpoint: Trust = False,
     follow: Annotated[bool, typer.Option(help="Follow the job's log.")] = True,
 ) -> None:
     """`train` as a Ray job on a cluster, from this working directory."""
     loaded = _load(config, overrides, RunConfig)
     from cluster.submit import submit_job
 
-    flags = [name for name, on in (("--resume", resume), ("--overwrite", overwrite)) if on]
+    given = {
+        "--resume": resume,
+        "--overwrite": overwrite,
+        "--trust-checkpoint": trust_checkpoint,
+    }
+    flags = [name for name, on in given.items() if on]
+    flags += ["--max-restarts", str(max_restarts)] if max_restarts else []
     sys.exit(submit_job(loaded.name, config, overrides or [], flags, address, follow=follow))
 
 
@@ -140,6 +181,19 @@ def audit(run: RunName, runs_dir: RunsDir = "runs") -> None:
 
 
 @app.command()
+def replay(
+    bundle: Annotated[Path, typer.Argument(help="A refused step: runs/NAME/replay/step-*")],
+    trust_checkpoint: Trust = False,
+) -> None:
+    """Take a refused step again, in this process: for a debugger."""
+    from cluster.replay import replay as replay_of
+
+    outcome, code = replay_of(bundle, trust_checkpoint=trust_checkpoint)
+    typer.echo(outcome)
+    sys.exit(code)
+
+
+@app.command()
 def report(run: RunName, runs_dir: RunsDir = "runs") -> None:
     """Write runs/<name>/report.html, one self-contained page."""
     from cluster.report import write_report
@@ -156,11 +210,12 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     runs_dir: RunsDir = "runs",
+    trust_checkpoint: Trust = False,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load."""
     from cluster.export import export_run
 
-    export_run(_run_dir(run, runs_dir), out, step, dtype)
+    export_run(_run_dir(run, runs_dir), out, step, dtype, trust_checkpoint=trust_checkpoint)
     typer.echo(str(out))
 
 
@@ -221,7 +276,9 @@ def _usage(error: Any) -> str:
 
 
 def _say(kind: str, message: object, code: int) -> int:
-    print(f"raylign: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+    from cluster.redaction import printable
+
+    print(f"raylign: {kind}: {' '.join(printable(str(message)).split())}", file=sys.stderr)
     return code
 
 

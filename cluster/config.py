@@ -122,6 +122,7 @@ class RunConfig(LearnerStageConfig):
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    ping_timeout_s: PositiveFloat = 30.0  # a role that does not answer for so long is stuck
     self_check: SelfCheckConfig = SelfCheckConfig()
     warn: WarnConfig = WarnConfig()
 

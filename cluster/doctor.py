@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from actors.config import PromptsConfig
 from actors.prompts import load_prompts, load_tokenizer
 from actors.trajectory import Prompt
 from cluster.config import BadInput, RunConfig
+from cluster.disk import check_disk, free_bytes
+from cluster.redaction import hide
 from learner.model_limits import refuse_dropout
 from reward_service.config import (
     FunctionScorerConfig,
@@ -68,9 +69,9 @@ def check_inputs(config: RunConfig) -> Inputs:
             "generators.kv_cache_bytes: needed on CPU, where vLLM would take nearly all memory; "
             "try 67108864"
         )
-    return Inputs(
-        tokenizer, model["vocab_size"], prompts, dropped, held_out, estimate_parameters(model)
-    )
+    num_parameters = estimate_parameters(model)
+    check_disk(config.run_dir, checkpoint_bytes(config, num_parameters))
+    return Inputs(tokenizer, model["vocab_size"], prompts, dropped, held_out, num_parameters)
 
 
 def check_gpus(wanted: Mapping[str, float], available: Callable[[], float]) -> None:
@@ -166,6 +167,8 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
         case FunctionScorerConfig() | HttpScorerConfig():
             from reward_service.service import build_scorer
 
+            if isinstance(config, HttpScorerConfig) and config.token_env is not None:
+                hide(config.token_env)
             try:
                 build_scorer(config)
             except ValueError as error:
@@ -182,10 +185,9 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
 def plan_lines(config: RunConfig, inputs: Inputs) -> list[str]:
     """Who runs where, the arithmetic of a step, and what memory the weights take."""
     count, ranks = config.generators.count, config.learner.ranks
-    trained = 2 if config.ppo.uses_critic and config.ppo.value_model == "separate" else 1
-    per_rank = inputs.num_parameters * (16 * trained + 4) / ranks
+    per_rank = inputs.num_parameters * (16 * _num_trained(config) + 4) / ranks
     push = inputs.num_parameters * (4 if config.generators.dtype == "float32" else 2)
-    free = shutil.disk_usage(existing_parent(config.run_dir)).free
+    free = free_bytes(config.run_dir)
     epochs = config.num_steps * config.prompts_per_step / len(inputs.prompts)
     ppo, generators = config.ppo, config.generators
     staleness = config.max_staleness
@@ -202,7 +204,8 @@ def plan_lines(config: RunConfig, inputs: Inputs) -> list[str]:
         f"and AdamW about {per_rank / 2**20:,.0f} MiB a rank, activations not counted",
         f"mode        {mode}; anchor {ppo.anchor}; {push / 2**20:,.1f} MiB a weight push",
         f"disk        {free / 2**30:,.0f} GiB free for {config.run_dir}; a checkpoint takes about "
-        f"{inputs.num_parameters * 14 * trained / 2**20:,.0f} MiB, {config.checkpoint.keep} are kept",
+        f"{checkpoint_bytes(config, inputs.num_parameters) / 2**20:,.0f} MiB, "
+        f"{config.checkpoint.keep} are kept",
         f"machine     {os.cpu_count()} cores, {_memory() / 2**30:,.0f} GiB",
     ]
 
@@ -223,11 +226,14 @@ def estimate_parameters(model: dict[str, Any]) -> int:
     return embeddings + layers * (2 * d * d + 2 * d * kv + 3 * d * mlp)
 
 
-def existing_parent(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
+def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:
+    """An estimate: weights and AdamW's two moments in float32, and a margin."""
+    return num_parameters * 14 * _num_trained(config)
+
+
+def _num_trained(config: RunConfig) -> int:
+    """Models of the policy's size that are trained."""
+    return 2 if config.ppo.uses_critic and config.ppo.value_model == "separate" else 1
 
 
 def _prompts(

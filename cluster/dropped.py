@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from actors.rollout_worker import Dropped
+from actors.trajectory import Key
 
 
 def rolled_out(dropped: Dropped, samples: int) -> list[dict[str, Any]]:
     """A prompt given up after its rollout began: one line a sample."""
     return [_line(dropped.prompt_id, dropped.epoch, i, dropped.reason) for i in range(samples)]
+
+
+def refused(keys: Iterable[Key], samples: int, reason: str) -> list[dict[str, Any]]:
+    """The batch of a step that was refused: one line a sample."""
+    return [_line(*key, sample, reason) for key in keys for sample in range(samples)]
 
 
 def too_long(prompt_id: str) -> dict[str, Any]:

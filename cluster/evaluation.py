@@ -6,7 +6,9 @@ for the same prompt, a tie counts half. So at the start it is 0.5 but for noise.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from learner.learner_spec import Samples
 from reward_service.api import ScoreFailure, ScoreRequest
 
 SCORE_TIMEOUT_S = 600.0
+AGAIN_S = 0.5
 BASELINE = "baseline"
 
 
@@ -88,7 +91,7 @@ class Evaluation:
 
     async def _sampled(self, name: str) -> pa.Table:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
-        samples: list[tuple[ScoreRequest, Completion]] = await self._supervisor.sample(
+        samples: list[tuple[ScoreRequest, Completion]] = await self._supervisor.group.sample(
             self._prompts, self._config.temperature, seed
         )
         requests = [request for request, _ in samples]
@@ -129,8 +132,23 @@ class Evaluation:
         os.replace(aside, self._path(name))
 
 
+async def _answer(service: Member, requests: list[ScoreRequest]) -> list[Any]:
+    """Asked again if its process is being restarted."""
+    deadline = time.monotonic() + SCORE_TIMEOUT_S
+    while True:
+        try:
+            outcomes: list[Any] = await ask(
+                service, service.handle.score, requests, within=SCORE_TIMEOUT_S
+            )
+            return outcomes
+        except RoleFailed as failed:
+            if not failed.comes_back or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(AGAIN_S)
+
+
 async def _scores(service: Member, requests: list[ScoreRequest]) -> list[float]:
-    outcomes: list[Any] = await ask(service, service.handle.score, requests, within=SCORE_TIMEOUT_S)
+    outcomes = await _answer(service, requests)
     for outcome in outcomes:
         if isinstance(outcome, ScoreFailure):
             raise RoleFailed(f"{service.name}: {outcome.trajectory_id}: {outcome.reason}")

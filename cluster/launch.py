@@ -26,37 +26,49 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-from pathlib import Path
 from typing import Any
 
 from actors.prompts import PromptStream
-from actors.vllm_engine import CPU_ENGINE_ENV, ENGINE_ENV
 from cluster import checkpoints
+from cluster.bring_up import bring_up, recover
 from cluster.config import BadInput, RunConfig
-from cluster.doctor import Inputs, check_gpus, check_inputs, check_resume, gpus_of
+from cluster.deployment import Deployment
+from cluster.doctor import (
+    Inputs,
+    check_gpus,
+    check_inputs,
+    check_resume,
+    checkpoint_bytes,
+    gpus_of,
+)
 from cluster.dropped import rolled_out, too_long
 from cluster.evaluation import Evaluation
-from cluster.learner_group import LearnerGroup
+from cluster.generator_group import Replacement
+from cluster.learner_group import LearnerGroup, LearnerLost
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member, RayHost
-from cluster.roles import LearnerRole, RewardRole, RolloutRole
+from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles
-from cluster.specs import learner_spec, rollout_spec
 from cluster.summary import finish
 from cluster.supervisor import Supervisor
 from cluster.train import train
-from learner.learner_spec import LEARNER_ENV
 from reward_service.config import RewardServiceConfig
 
-SHARED_MEMORY = Path("/dev/shm")
+BEAT_S = 5.0
 
 
-def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: bool) -> int:
+def run_ppo(
+    config: RunConfig,
+    *,
+    in_process: bool,
+    resume: bool,
+    overwrite: bool,
+    trust_checkpoint: bool = False,
+) -> int:
     """The `train` command: check, launch, train, report. Returns the exit code."""
     started = _process_start()
     files = RunFiles(config)
@@ -73,6 +85,8 @@ def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: boo
             "learner.ranks=1"
         )
     if checkpoint is not None:
+        if not trust_checkpoint:
+            checkpoints.check_origin(checkpoint.path)
         check_resume(config, checkpoint.driver_state()["config"])
     host: Host = (
         InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
@@ -87,7 +101,8 @@ def run_ppo(config: RunConfig, *, in_process: bool, resume: bool, overwrite: boo
     except BadInput:
         raise
     except BaseException as error:
-        files.status("failed", error=str(error))
+        with contextlib.suppress(OSError):  # or a full disk would hide what failed
+            files.status("failed", error=str(error))
         raise
     finally:
         host.close()
@@ -109,74 +124,52 @@ async def _run(
         files.dropped([too_long(prompt_id) for prompt_id in inputs.dropped])
         view.note(f"{len(inputs.dropped)} prompts are too long for the context and dropped")
     files.status("starting", step=0, num_steps=config.num_steps)
-    members: list[Member] = []
-    run = _wire(config, inputs, files, view, host, metrics, members, started)
+    deployment = Deployment(config, inputs, host, files.folder.resolve() / "logs")
+    run = _wire(deployment, files, view, metrics, started)
     loop = asyncio.get_running_loop()
     for received in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         loop.add_signal_handler(received, _ask_to_stop, run, received)
+    watch = asyncio.create_task(watch_rewards(run))
+    beat = asyncio.create_task(files.beat(BEAT_S))
+    run.supervisor.watched += [watch, beat]
     try:
-        await _bring_up(run, checkpoint)
-        await train(run)
+        await bring_up(run, checkpoint)
+        while not run.over:
+            try:
+                await train(run)
+            except LearnerLost as lost:
+                await recover(run, lost)
         await finish(run)
         return 128 + run.stopped_by if run.stopped_by is not None else 0
     finally:
+        watch.cancel()
+        beat.cancel()
         await run.supervisor.close()
         metrics.close()
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(host.stop(members), 15.0)
+            await asyncio.wait_for(host.stop(deployment.members), 15.0)
 
 
 def _wire(
-    config: RunConfig,
-    inputs: Inputs,
-    files: RunFiles,
-    view: LiveView,
-    host: Host,
-    metrics: MetricsWriter,
-    members: list[Member],
-    started: float,
+    deployment: Deployment, files: RunFiles, view: LiveView, metrics: MetricsWriter, started: float
 ) -> Run:
     """Start every component at once (they load side by side) and hand each what it needs."""
-    cuda = config.device == "cuda"
-    logs = files.folder.resolve() / "logs"
-
-    def deploy(name: str, kind: type, *args: Any, env: dict[str, str], gpus: float = 0) -> Member:
-        member = host.start(name, kind, *args, env=env, gpus=gpus if cuda else 0)
-        members.append(member)
-        return member
-
-    def service(name: str, reward: RewardServiceConfig) -> Member:
-        merge = config.max_staleness > 0
-        log = logs / f"{name}.log"
-        args = (name, reward, merge, log)
-        return deploy(name, RewardRole, *args, env=LEARNER_ENV, gpus=reward.num_gpus)
-
-    rewards = service("reward", config.reward)
-    generators = [
-        deploy(
-            f"generator-{index}",
-            RolloutRole,
-            rollout_spec(config, f"generator-{index}", logs),
-            rewards.handle,
-            env=ENGINE_ENV if cuda else CPU_ENGINE_ENV,
-            gpus=config.generators.tensor_parallel_size,
-        )
-        for index in range(config.generators.count)
-    ]
-    spec = learner_spec(config, inputs)
-    ranks = [
-        deploy(
-            f"learner-{rank}",
-            LearnerRole,
-            spec,
-            rank,
-            logs / f"learner-{rank}.log",
-            env=LEARNER_ENV,
-            gpus=1,
-        )
-        for rank in range(config.learner.ranks)
-    ]
-    learner = LearnerGroup(ranks, host, timeout_s=config.learner.timeout_s)
+    config, inputs, host = deployment.config, deployment.inputs, deployment.host
+    rewards = deployment.reward_service("reward", config.reward)
+    generators = deployment.generators(rewards)
+    one_process = isinstance(host, InProcessHost)  # where nothing dies alone
+    learner = LearnerGroup(
+        deployment.learner_ranks(),
+        host,
+        timeout_s=config.learner.timeout_s,
+        again=None if one_process else deployment.learner_ranks,
+    )
+    replacement = Replacement(
+        start=lambda place, attempt: deployment.generator(rewards, place, attempt),
+        last_update=learner.last_update,
+        max_restarts=config.generators.max_restarts,
+        on_event=lambda event, **facts: _generator_event(files, view, event, facts),
+    )
     samples = config.sampling.samples_per_prompt
     supervisor = Supervisor(
         generators,
@@ -184,26 +177,10 @@ def _wire(
         PromptStream(inputs.prompts, seed=config.seed, shuffle=config.prompts.shuffle),
         Ledger(prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness),
         rollout_timeout_s=config.generators.rollout_timeout_s,
+        ping_timeout_s=config.ping_timeout_s,
         on_drop=lambda dropped: files.dropped(rolled_out(dropped, samples)),
+        replacement=None if one_process else replacement,
     )
-    evaluation = None
-    if config.evaluation is not None:
-        same = config.evaluation.scorer == config.reward.scorer
-        judge = (
-            rewards
-            if same
-            else service("judge", RewardServiceConfig(scorer=config.evaluation.scorer))
-        )
-        evaluation = Evaluation(
-            config.evaluation,
-            inputs.held_out,
-            files.folder / "evaluation",
-            seed=config.seed,
-            supervisor=supervisor,
-            learner=learner,
-            judge=judge,
-            rewards=rewards,
-        )
     return Run(
         config=config,
         host=host,
@@ -213,52 +190,55 @@ def _wire(
         supervisor=supervisor,
         learner=learner,
         rewards=rewards,
-        evaluation=evaluation,
+        evaluation=_evaluation(deployment, files, supervisor, learner, rewards),
         prompts=inputs.prompts,
         started=started,
+        num_too_long=len(inputs.dropped),
+        checkpoint_bytes=checkpoint_bytes(config, inputs.num_parameters),
     )
 
 
-async def _bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
-    """Load models, agree on the weights' layout, push and prove the first version, self-check."""
-    run.view.stage("loading the models")
-    loaded, _statuses = await asyncio.gather(
-        run.learner.start(run.files.folder), run.supervisor.statuses(within=600.0)
+def _evaluation(
+    deployment: Deployment,
+    files: RunFiles,
+    supervisor: Supervisor,
+    learner: LearnerGroup,
+    rewards: Member,
+) -> Evaluation | None:
+    config = deployment.config
+    if config.evaluation is None:
+        return None
+    if config.evaluation.scorer == config.reward.scorer:
+        judge = rewards
+    else:
+        service = RewardServiceConfig(scorer=config.evaluation.scorer)
+        judge = deployment.reward_service("judge", service)
+    return Evaluation(
+        config.evaluation,
+        deployment.inputs.held_out,
+        files.folder / "evaluation",
+        seed=config.seed,
+        supervisor=supervisor,
+        learner=learner,
+        judge=judge,
+        rewards=rewards,
     )
-    if checkpoint is not None:
-        await run.restore(checkpoint)
-        run.view.note(f"resumed from the checkpoint of step {checkpoint.step}")
-    run.files.event(
-        "run_started", step=run.step, parameters=loaded[0]["parameters"], device=loaded[0]["device"]
-    )
-    members = [*run.supervisor.generators, *run.learner.ranks]
-    segment = None
-    if SHARED_MEMORY.is_dir() and await run.host.same_machine(members):
-        _sweep_segments()
-        segment = str(SHARED_MEMORY / f"raylign-{os.getpid()}-{run.config.name}")
-    await run.supervisor.agree_layout(await run.learner.prepare_publish(segment))
-    await run.publish(run.step)
-    await run.proved()
-    await run.self_check()
-    if checkpoint is None:
-        await run.evaluate()
+
+
+def _generator_event(files: RunFiles, view: LiveView, event: str, facts: dict[str, Any]) -> None:
+    files.event(event, **facts)
+    if event == "generator_lost":
+        view.note(f"WARNING: {facts['reason']}; starting another in its place")
+        if facts["stack"]:
+            view.note(facts["stack"])
+    else:
+        view.note(f"{facts['generator']} is there, {facts['seconds']:g} s after the loss")
 
 
 def _ask_to_stop(run: Run, received: signal.Signals) -> None:
     run.view.note(f"{received.name}: finishing the step at hand, then a checkpoint")
     run.stopped_by = received
     run.stop.set()
-
-
-def _sweep_segments() -> None:
-    """Remove shared-memory segments of runs whose driver is gone (killed, so nobody cleaned up)."""
-    import psutil
-
-    for path in SHARED_MEMORY.glob("raylign-*-*"):
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def _process_start() -> float:

@@ -12,26 +12,52 @@ import numpy as np
 
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.metrics import reduce_ranks
-from cluster.placement import Host, Member, ask
-from learner.learner_spec import Rendezvous
+from cluster.placement import Host, Member, RoleFailed, ask
+from learner.learner_spec import Rendezvous, StepRefused
 from learner.trajectory_buffer import Batch
+
+START_TIMEOUT_S = 600.0
+SETTLE_S = 2.0
+
+
+class LearnerLost(RoleFailed):
+    """A rank died or does not answer: the group is of no use any more."""
 
 
 class LearnerGroup:
-    def __init__(self, ranks: list[Member], host: Host, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        ranks: list[Member],
+        host: Host,
+        *,
+        timeout_s: float,
+        again: Callable[[int], list[Member]] | None = None,
+    ) -> None:
+        """`again`: the n-th restart -> new ranks. Without it a rank that is lost fails the run."""
         self.ranks = ranks
+        self.num_restarts = 0
         self._host = host
         self._timeout_s = timeout_s
+        self._again = again
         self.push_bytes = 0
 
     async def start(self, run_dir: Path) -> list[dict[str, Any]]:
         """Bring the ranks together and load the models."""
         rendezvous = await meet(self.ranks, self._host, run_dir, self._timeout_s)
         try:
-            return await self._all(lambda it: it.start, rendezvous)
+            return await self._all(lambda it: it.start, rendezvous, within=START_TIMEOUT_S)
         finally:
             if rendezvous.file:
                 Path(rendezvous.file).unlink(missing_ok=True)
+
+    async def restart(self, run_dir: Path) -> list[dict[str, Any]]:
+        """End what is left of the ranks, and bring up new ones; they hold what a new run holds."""
+        assert self._again is not None
+        for rank in self.ranks:
+            self._host.kill(rank)
+        self.num_restarts += 1
+        self.ranks = self._again(self.num_restarts)
+        return await self.start(run_dir)
 
     async def prepare_publish(self, segment: str | None) -> WeightLayout:
         layout: WeightLayout = (await self._all(lambda it: it.prepare_publish, segment))[0]
@@ -41,11 +67,31 @@ class LearnerGroup:
     async def publish(self, version: int) -> WeightUpdate:
         return (await self._all(lambda it: it.publish, version))[0]
 
-    async def update(self, batch: Batch, step: int, version: int, folder: Path) -> dict[str, float]:
-        where = str(folder.resolve())
-        return reduce_ranks(
-            await self._all(lambda it: it.update, step, version, where, batch.keys, *batch.chunks)
-        )
+    async def last_update(self) -> WeightUpdate:
+        """The newest version in full, once the call at hand has ended."""
+        rank = self.ranks[0]
+        try:
+            update: WeightUpdate = await ask(rank, rank.handle.last_update, within=self._timeout_s)
+        except RoleFailed as error:
+            raise await self._named([error]) from error
+        return update
+
+    async def update(
+        self, batch: Batch, step: int, version: int, folder: Path
+    ) -> dict[str, float] | StepRefused:
+        """Metrics; or that the step is refused, of which all ranks must be of one mind."""
+        given = (step, version, str(folder.resolve()), batch.keys, *batch.chunks)
+        answers = await self._all(lambda it: it.update, *given)
+        refusals = [answer for answer in answers if isinstance(answer, StepRefused)]
+        if not refusals:
+            return reduce_ranks(answers)
+        reasons = sorted({refusal.reason for refusal in refusals})
+        if len(refusals) < len(answers) or len(reasons) > 1:
+            raise RoleFailed(
+                f"learner: {len(refusals)} of {len(answers)} ranks refused step {step} "
+                f"({'; '.join(reasons)}): their weights are no longer of one model"
+            )
+        return refusals[0]
 
     async def save_trajectories(self, batch: Batch, path: Path) -> None:
         """Write them to one Parquet file: rank 0 does, for the driver never holds any."""
@@ -65,11 +111,30 @@ class LearnerGroup:
     async def load(self, folder: Path) -> None:
         await self._all(lambda it: it.load, str(folder.resolve()))
 
-    async def _all(self, method: Callable[[Any], Any], *args: Any) -> list[Any]:
+    async def _all(
+        self, method: Callable[[Any], Any], *args: Any, within: float | None = None
+    ) -> list[Any]:
+        within = within or self._timeout_s
         calls = [
-            ask(rank, method(rank.handle), *args, within=self._timeout_s) for rank in self.ranks
+            asyncio.create_task(ask(rank, method(rank.handle), *args, within=within))
+            for rank in self.ranks
         ]
-        return await asyncio.gather(*calls)
+        try:
+            return await asyncio.gather(*calls)
+        except RoleFailed:
+            # A rank that died takes the collectives of the others with it: who was first?
+            await asyncio.wait(calls, timeout=SETTLE_S)
+            failed = [call.exception() for call in calls if call.done() and not call.cancelled()]
+            for call in calls:
+                call.cancel()
+            raise await self._named([e for e in failed if isinstance(e, RoleFailed)]) from None
+
+    async def _named(self, errors: list[RoleFailed]) -> RoleFailed:
+        """The failure that explains the others; a LearnerLost where new ranks mend it."""
+        first = min(errors, key=lambda error: ("died", "silent", "raised").index(error.kind))
+        if first.kind == "raised" or self._again is None:
+            return first
+        return LearnerLost(str(first), kind=first.kind, cause=first.cause)
 
 
 async def meet(ranks: list[Member], host: Host, run_dir: Path, timeout_s: float) -> Rendezvous:

@@ -1,7 +1,7 @@
 """The ledger: every prompt that is out, in exactly one state, and how many more may go out.
 
     stream -> leased (to the generators) -> finished (scored, in the buffer) -> consumed in a step
-                                        \\-> dropped, with a reason
+                                        \\-> dropped, with a reason     \\-> refused: dropped, too
 
 Admission bounds staleness. With n prompts a step, prompts leased while the learner's version is v are
 numbered below (v + 1 + max_staleness) n, not counting drops; steps consume the oldest first; so a
@@ -35,6 +35,7 @@ class Ledger:
         self._leases: dict[Key, Lease] = {}
         self._next_number = 0
         self._num_finished = 0
+        self._in_step: list[Key] = []  # what was consumed last
         self.num_leased = 0  # ever, drops not counted
         self.num_consumed = 0
         self.num_dropped = 0
@@ -80,10 +81,21 @@ class Ledger:
         return keys
 
     def consume(self, keys: Iterable[Key]) -> None:
-        for key in keys:
+        self._in_step = [*keys]
+        for key in self._in_step:
             assert self._leases.pop(key).finished, f"{key} was not finished"
             self._num_finished -= 1
             self.num_consumed += 1
+
+    def refuse(self, keys: Iterable[Key]) -> None:
+        """The step that consumed these was refused: they count as dropped, and the version stays, so
+        that as many others may take their places."""
+        refused = [*keys]
+        assert [] != refused == self._in_step, "only the step at hand can be refused"
+        self._in_step = []
+        self.num_leased -= len(refused)
+        self.num_consumed -= len(refused)
+        self.num_dropped += len(refused)
 
     def __len__(self) -> int:
         """Prompts that are out: leased or finished, not consumed."""
@@ -92,6 +104,12 @@ class Ledger:
     def outstanding(self) -> list[Prompt]:
         """Leased, not finished; in the order of the leases."""
         return [lease.prompt for lease in self._leases.values() if not lease.finished]
+
+    def clear(self) -> None:
+        """As if nothing had ever been leased."""
+        self._leases.clear()
+        self._next_number = self._num_finished = 0
+        self.num_leased = self.num_consumed = self.num_dropped = 0
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""

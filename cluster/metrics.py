@@ -199,9 +199,21 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_step is None and path.exists() and path.stat().st_size:
             raise BadInput(f"{path}: belongs to an earlier run; add --resume or change `name`")
-        self._last_step = -1 if resume_step is None else _keep_until(path, resume_step)
-        self._file = path.open("ab", buffering=0)
-        self._sinks = [TensorBoardSink(path.parent / "tensorboard", resume_step), *sinks]
+        self._path = path
+        self._others = list(sinks)
+        self._open(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Withdraw what was written of later steps, and go on from there."""
+        self._file.close()
+        self._tensorboard.close()
+        self._open(step)
+
+    def _open(self, resume_step: int | None) -> None:
+        self._last_step = -1 if resume_step is None else _keep_until(self._path, resume_step)
+        self._file = self._path.open("ab", buffering=0)
+        self._tensorboard = TensorBoardSink(self._path.parent / "tensorboard", resume_step)
+        self._sinks: list[MetricsSink] = [self._tensorboard, *self._others]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Checks and writes one step; returns the line written, for LiveView.step."""

@@ -7,21 +7,44 @@ can fail (death, silence, an exception over there) into a RoleFailed that names 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.config import BadInput
 
 PLACEMENT_TIMEOUT_S = 60.0
+STACK_TIMEOUT_S = 10.0
+
+
+DEATHS = ("ActorDiedError", "ActorUnavailableError", "RayActorError")  # Ray's, by name
 
 
 class RoleFailed(Exception):
-    """A member died, did not answer in time, or raised. The message names it and what was asked."""
+    """A member died, did not answer in time (silent), or raised. The message names it and what was
+    asked; what it raised is `cause`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: Literal["died", "silent", "raised"] = "raised",
+        cause: BaseException | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.cause = cause
+
+    @property
+    def comes_back(self) -> bool:
+        """Ray is about to restart the process."""
+        return type(self.cause).__name__ == "ActorUnavailableError"
 
 
 @dataclass(frozen=True)
@@ -71,20 +94,20 @@ async def _answer(member: Member, method: Any, call: Callable[[], Any], within: 
             return task.result()
         task.cancel()
     except Exception as error:
-        raise RoleFailed(_explain(member, label, error)) from error
-    raise RoleFailed(f"{member.name}: no answer to {label} within {within:g} s")
+        raise _failed(member, label, error) from error
+    raise RoleFailed(f"{member.name}: no answer to {label} within {within:g} s", kind="silent")
 
 
 async def _settle(answer: Any) -> Any:
     return await answer
 
 
-def _explain(member: Member, label: str, error: Exception) -> str:
-    kind = type(error).__name__
-    if kind in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
-        return f"{member.name}: its process died during {label}{_reason(error)}"
+def _failed(member: Member, label: str, error: Exception) -> RoleFailed:
+    if type(error).__name__ in DEATHS:
+        message = f"{member.name}: its process died during {label}{_reason(error)}"
+        return RoleFailed(message, kind="died", cause=error)
     cause = getattr(error, "cause", None) or error  # Ray wraps what the method raised
-    return f"{member.name}: {label}: {type(cause).__name__}: {cause}"
+    return RoleFailed(f"{member.name}: {label}: {type(cause).__name__}: {cause}", cause=cause)
 
 
 def _reason(error: Exception) -> str:
@@ -97,8 +120,18 @@ class Host(Protocol):
     """Starts components somewhere."""
 
     def start(
-        self, name: str, kind: type, *args: Any, env: Mapping[str, str], gpus: float = 0
-    ) -> Member: ...
+        self,
+        name: str,
+        kind: type,
+        *args: Any,
+        env: Mapping[str, str],
+        gpus: float = 0,
+        max_restarts: int = 0,
+    ) -> Member:
+        """`max_restarts`: how often it is started anew where it ran, if its process dies; only for
+        what has no state of its own."""
+        ...
+
     def share(self, value: Any) -> Any:
         """`value`, or a reference to it that any number of members can be given at one copy's cost."""
         ...
@@ -106,6 +139,15 @@ class Host(Protocol):
     async def same_machine(self, members: list[Member]) -> bool: ...
     def num_gpus(self) -> float: ...
     async def stop(self, members: list[Member]) -> None: ...
+    def kill(self, member: Member, *, restart: bool = False) -> None:
+        """End its process at once, whatever it does, and give back its GPUs."""
+        ...
+
+    def locate(self, member: Member) -> None: ...
+    async def stack(self, member: Member) -> str:
+        """Where the member is in its code, for one that does not answer; "" if that cannot be told."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -113,7 +155,13 @@ class InProcessHost:
     """Everything in this process: a breakpoint anywhere works."""
 
     def start(
-        self, name: str, kind: type, *args: Any, env: Mapping[str, str], gpus: float = 0
+        self,
+        name: str,
+        kind: type,
+        *args: Any,
+        env: Mapping[str, str],
+        gpus: float = 0,
+        max_restarts: int = 0,
     ) -> Member:
         return Member(name, kind(*args))
 
@@ -133,12 +181,22 @@ class InProcessHost:
             if inspect.isawaitable(closing := member.handle.close()):
                 await closing
 
+    def kill(self, member: Member, *, restart: bool = False) -> None:
+        return
+
+    def locate(self, member: Member) -> None:
+        return
+
+    async def stack(self, member: Member) -> str:
+        return ""
+
     def close(self) -> None:
         return
 
 
 class RayHost:
-    """Ray actors, in one namespace a run, never restarted by Ray: a death is seen at once."""
+    """Ray actors, in one namespace a run. Ray itself restarts only what is told so: its restarts hide a
+    death for seconds, and bring back no state."""
 
     def __init__(self, address: str | None, namespace: str) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -151,6 +209,8 @@ class RayHost:
         import ray
 
         self._ray = ray
+        self._groups: dict[str, Any] = {}  # placement groups, by the member's name
+        self._places: dict[str, Any] = {}  # references to (node, pid), by the member's name
         common: dict[str, Any] = {
             "namespace": namespace,
             "log_to_driver": False,
@@ -166,21 +226,34 @@ class RayHost:
             ray.init(address=address, **common)
 
     def start(
-        self, name: str, kind: type, *args: Any, env: Mapping[str, str], gpus: float = 0
+        self,
+        name: str,
+        kind: type,
+        *args: Any,
+        env: Mapping[str, str],
+        gpus: float = 0,
+        max_restarts: int = 0,
     ) -> Member:
         env = dict(env) if gpus else {**env, "CUDA_VISIBLE_DEVICES": ""}
         options: dict[str, Any] = {
             "name": name,
             "num_cpus": 0,
             "num_gpus": gpus,
-            "max_restarts": 0,
+            "max_restarts": max_restarts,
             "runtime_env": {
                 "env_vars": {**env, "PYTHONPATH": _python_path(), "RAYLIGN_HOME": os.getcwd()}
             },
         }
         if gpus:
             options["scheduling_strategy"] = self._bundle(name, gpus)
-        return Member(name, self._ray.remote(kind).options(**options).remote(*args))
+        handle = self._ray.remote(kind).options(**options).remote(*args)
+        member = Member(name, handle)
+        self.locate(member)
+        return member
+
+    def locate(self, member: Member) -> None:
+        """Ask the member where it runs, for `kill` and `stack`; again after Ray restarted it."""
+        self._places[member.name] = member.handle.__ray_call__.remote(_place)
 
     def _bundle(self, name: str, gpus: float) -> Any:
         """A placement group of its own: one that cannot be had is an error in words, not a wait."""
@@ -192,6 +265,7 @@ class RayHost:
             state = placement_group_table(group).get("stats", {}).get("scheduling_state", "PENDING")
             free = self._ray.available_resources().get("GPU", 0)
             raise RoleFailed(f"{name}: no place for {gpus:g} GPUs ({state}; {free:g} are free)")
+        self._groups[name] = group
         return PlacementGroupSchedulingStrategy(group)
 
     def num_gpus(self) -> float:
@@ -211,10 +285,71 @@ class RayHost:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]
         await asyncio.gather(*closings, return_exceptions=True)
         for member in members:
-            self._ray.kill(member.handle)
+            self.kill(member)
+
+    def kill(self, member: Member, *, restart: bool = False) -> None:
+        node, pid = self._where(member)
+        self._ray.kill(member.handle, no_restart=not restart)
+        if node == self._here():
+            _kill_worker(pid)  # a process that is stopped does not hear Ray
+        if not restart and (group := self._groups.pop(member.name, None)) is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(group)
+
+    async def stack(self, member: Member) -> str:
+        node, pid = self._where(member)
+        if node == self._here():
+            return await stack_of(pid)
+        return f"process {pid} on node {node}" if node else ""
+
+    def _where(self, member: Member) -> tuple[str, int]:
+        """(node, pid), or ("", 0) of one that never came so far as to say."""
+        try:
+            where: tuple[str, int] = self._ray.get(self._places[member.name], timeout=0.1)
+            return where
+        except Exception:
+            return "", 0
+
+    def _here(self) -> str:
+        node: str = self._ray.get_runtime_context().get_node_id()
+        return node
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def _kill_worker(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error, IndexError):
+        process = psutil.Process(pid)
+        if process.cmdline()[0].startswith("ray::"):  # the number may be another's by now
+            process.kill()
+
+
+async def stack_of(pid: int) -> str:
+    """The Python stacks of a process on this machine, stopped ones too, by py-spy (it comes with Ray's
+    dashboard); without it, or without the right to look, the process's state alone."""
+    import psutil
+
+    try:
+        state = f"process {pid} is {psutil.Process(pid).status()}"
+        spy = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).with_name("py-spy")),
+            *("dump", "--nonblocking", "--pid", str(pid)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        said, _ = await asyncio.wait_for(spy.communicate(), STACK_TIMEOUT_S)
+    except (OSError, psutil.Error, TimeoutError) as error:
+        return f"process {pid}: {type(error).__name__}"
+    return "\n".join([state, said.decode(errors="replace").strip()])
+
+
+def _place(_: Any) -> tuple[str, int]:
+    """Runs inside an actor: (node, pid)."""
+    return _node_id(_), os.getpid()
 
 
 def _node_id(_: Any) -> str:

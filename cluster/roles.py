@@ -5,6 +5,7 @@ No class here adds behaviour; it builds a component of its parts from a spec tha
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import logging
 import os
@@ -22,12 +23,16 @@ from actors.config import GeneratorsConfig, SamplingConfig
 from actors.rollout_worker import RolloutWorker
 from actors.trajectory import Key, select, to_table
 from actors.weight_update import WeightLayout, WeightUpdate
-from learner.learner_spec import LearnerSpec, Rendezvous, Samples
+from cluster.placement import DEATHS, RoleFailed
+from cluster.redaction import printable
+from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from reward_service.api import ScoreRequest
 from reward_service.client import RewardClient
 from reward_service.config import RewardServiceConfig
 from reward_service.fast_import import fast_import
 from reward_service.service import RewardService
+
+AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,12 @@ class LearnerRole:
     def publish(self, version: int) -> WeightUpdate | None:
         return self._worker.publish(version)
 
+    def last_update(self) -> WeightUpdate | None:
+        return self._worker.last_update()
+
     def update(
         self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Table
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | StepRefused:
         """`chunks` as arguments of their own: so Ray brings them here before the call is made."""
         return self._worker.update(select(chunks, keys), step, version, folder)
 
@@ -135,12 +143,32 @@ class RewardRole(RewardService):
     def __repr__(self) -> str:
         return f"RewardService({self._name})"
 
+    def pid(self) -> int:
+        """Another one means that Ray has restarted the process."""
+        return os.getpid()
+
 
 def _awaiting(call: Any) -> Any:
+    """While the service's process is being restarted a call is made again; the caller has a deadline."""
+
     async def score(requests: Sequence[ScoreRequest]) -> Any:
-        return await call(requests)
+        while True:
+            try:
+                return await call(requests)
+            except Exception as error:
+                name = type(error).__name__
+                if name in DEATHS and name != "ActorUnavailableError":
+                    raise RoleFailed("the reward service's process died") from None
+                if name not in DEATHS:
+                    raise
+            await asyncio.sleep(AGAIN_S)
 
     return score
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def settle_in(path: Path) -> None:
@@ -150,7 +178,7 @@ def settle_in(path: Path) -> None:
         os.chdir(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger().addHandler(handler)
     if "ray" in sys.modules:  # in one process the terminal is the better place

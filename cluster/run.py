@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 
 from actors.trajectory import Prompt, keys_of
 from actors.weight_update import WeightUpdate
-from cluster import checkpoints
+from cluster import checkpoints, dropped, replay_bundle
 from cluster.config import RunConfig
+from cluster.disk import refusal_of
 from cluster.evaluation import Evaluated, Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.live_view import LiveView
@@ -22,8 +24,8 @@ from cluster.metrics import MetricsWriter
 from cluster.placement import Host, Member, RoleFailed, ask
 from cluster.role_times import Times, role_times, since
 from cluster.run_files import RunFiles
-from cluster.supervisor import PING_TIMEOUT_S, Supervisor
-from learner.learner_spec import Samples
+from cluster.supervisor import Supervisor
+from learner.learner_spec import Samples, StepRefused
 from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
 SELF_CHECK_PROMPTS = 16
@@ -36,11 +38,14 @@ class Counters:
 
     at: float  # perf_counter
     spent: dict[str, float]
-    generators: list[dict[str, Any]]
+    generators: dict[str, dict[str, Any]]  # by name
     reward: dict[str, float]
 
     def generators_since(self, before: Counters) -> list[dict[str, float]]:
-        return [since(*pair) for pair in zip(self.generators, before.generators, strict=True)]
+        return [
+            since(counters, before.generators.get(name, {}))
+            for name, counters in self.generators.items()
+        ]
 
 
 @dataclass
@@ -58,9 +63,12 @@ class Run:
     evaluation: Evaluation | None
     prompts: list[Prompt]
     started: float  # unix time of the command
+    checkpoint_bytes: int = 0  # estimate of the first one
+    num_too_long: int = 0  # prompts that were dropped before the first step
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     stopped_by: int | None = None  # the signal's number
     step: int = 0
+    published: int = 0  # the newest version that was written for the generators
     evaluations: list[Evaluated] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
@@ -68,6 +76,7 @@ class Run:
     _boundary: tuple[int, int] = (0, 0)
     _first: Counters | None = None  # as they were when the first prompt went out
     _last: Counters | None = None  # at the last step
+    _refused_in_a_row: int = 0
 
     # ---- the verbs of a step
 
@@ -80,13 +89,16 @@ class Run:
         await self.supervisor.admit()
         return await self.supervisor.take(self.step, self.stop)
 
-    async def update(self, batch: Batch) -> dict[str, float]:
+    async def update(self, batch: Batch) -> dict[str, float] | StepRefused:
         """The learner's PPO step; meanwhile the generators are asked what they did."""
         self._doing("learner", f"update of step {self.step + 1}")
         folder = self.files.folder / "trajectories"
         learned, (seconds, busy_share) = await asyncio.gather(
             self.learner.update(batch, self.step + 1, self.step, folder), self._since_last_step()
         )
+        if isinstance(learned, StepRefused):
+            return learned
+        self._refused_in_a_row = 0
         return {
             **learned,
             "rollout/tokens_per_s": learned["rollout/completion_tokens"] / seconds,
@@ -94,6 +106,25 @@ class Run:
             "rollout/generator_busy_share": busy_share,
             "reward/dropped": float(self.supervisor.ledger.num_dropped),
         }
+
+    async def refuse(self, refused: StepRefused, batch: Batch) -> None:
+        """Give up the batch of a refused step, and keep what replays it. The weights are as they were.
+        After `ppo.refuse.max_in_a_row` of them: a checkpoint, and RoleFailed."""
+        self._refused_in_a_row += 1
+        self._doing("learner", f"refused step {refused.step}")
+        how = await replay_bundle.leave(self.config, self.learner, batch, refused, self.step)
+        reason = f"step {refused.step} refused: {refused.reason}"
+        self.supervisor.ledger.refuse(batch.keys)
+        samples = self.config.sampling.samples_per_prompt
+        self.files.dropped(dropped.refused(batch.keys, samples, reason))
+        self.files.event("step_refused", step=self.step, reason=reason, replay=how)
+        self.view.note(f"WARNING: {reason}; its batch is dropped ({how})")
+        if self._refused_in_a_row == self.config.ppo.refuse.max_in_a_row:
+            saved = "a" if await self.checkpoint() else "no"
+            raise RoleFailed(
+                f"{reason}; that is {self._refused_in_a_row} in a row ({how}); there is {saved} checkpoint "
+                f"of step {self.step}, from which --resume goes on with other prompts"
+            )
 
     async def publish(self, version: int) -> dict[str, float]:
         """Write the learner's weights as `version` and push them to the generators.
@@ -120,10 +151,13 @@ class Run:
         return {
             "weights/push_s": seconds,
             "weights/bytes": float(update.payload_bytes or self.learner.push_bytes),
-            "weights/probe_difference_max": max(proof["probe_difference"] for proof in proofs),
+            "weights/probe_difference_max": max(
+                (proof["probe_difference"] for proof in proofs), default=0.0
+            ),
         }
 
     def _event_of(self, update: WeightUpdate, seconds: float) -> None:
+        self.published = update.version
         self.files.event(
             "weights_published",
             version=update.version,
@@ -132,16 +166,37 @@ class Run:
             seconds=round(seconds, 4),
         )
 
-    async def checkpoint(self) -> None:
+    async def checkpoint(self) -> bool:
+        """False if the disk refused it: the run goes on and tries again when the next one is due. It
+        cannot go on without its last one: then CheckpointFailed."""
         started = time.perf_counter()
-        aside = checkpoints.begin(self.files.folder, self.step)
+        needed = checkpoints.expected_bytes(self.files.folder, self.checkpoint_bytes)
+        try:
+            await self._save(needed)
+        except (OSError, RoleFailed) as error:
+            if (refusal := refusal_of(error)) is None:
+                raise
+            self._give_up(refusal, needed)
+            return False
+        self.files.event("checkpoint_saved", step=self.step)
+        self.spent("checkpoint", time.perf_counter() - started)
+        return True
+
+    async def _save(self, needed_bytes: int) -> None:
+        aside = checkpoints.begin(self.files.folder, self.step, needed_bytes)
         await self.learner.save(aside / checkpoints.LEARNER)
         (aside / checkpoints.DRIVER).write_text(json.dumps(self._driver_state()))
         buffer = TrajectoryBuffer() if self._forgets_leases() else self.supervisor.buffer
         await self.learner.save_trajectories(buffer.contents(), aside / checkpoints.BUFFER)
         checkpoints.commit(aside, self.step, self.config.checkpoint.keep)
-        self.files.event("checkpoint_saved", step=self.step)
-        self.spent("checkpoint", time.perf_counter() - started)
+
+    def _give_up(self, refusal: OSError, needed_bytes: int) -> None:
+        given_up = checkpoints.give_up(self.files.folder, self.step, refusal, needed_bytes)
+        with contextlib.suppress(OSError):  # the events are on the same disk
+            self.files.event("checkpoint_failed", step=self.step, **asdict(given_up))
+        if self.over:
+            raise checkpoints.CheckpointFailed(str(given_up)) from refusal
+        self.view.note(f"WARNING: {given_up}; the next one is tried when it is due")
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out evaluation of the published policy; {} without one in the config."""
@@ -178,7 +233,7 @@ class Run:
     async def self_check(self) -> dict[str, float]:
         """Same weights, same tokens: generator logprobs against learner logprobs, within bounds."""
         bounds, temperature = self.config.self_check, self.config.sampling.temperature
-        samples = await self.supervisor.sample(
+        samples = await self.supervisor.group.sample(
             self.prompts[:SELF_CHECK_PROMPTS], temperature, self.config.seed
         )
         learned = await self.learner.policy_logprobs(
@@ -203,18 +258,34 @@ class Run:
             )
         return {"mean": mean, "max": worst}
 
+    @property
+    def over(self) -> bool:
+        return self.step == self.config.num_steps or self.stop.is_set()
+
+    async def start_over(self) -> None:
+        """Become the run that has not done its first step: with a learner that is new."""
+        self.supervisor.stream.cursor = 0
+        self._rewind(0, self.num_too_long)
+
     async def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Become the run that wrote `checkpoint`."""
         state = checkpoint.driver_state()
         await self.learner.load(checkpoint.learner)
-        self.step = checkpoint.step
         self.supervisor.stream.cursor = state["cursor"]
         self.supervisor.ledger.restore(state["ledger"])
         saved = pq.read_table(checkpoint.buffer)
         self.supervisor.buffer.add(dict.fromkeys(keys_of(saved)), self.host.share(saved))
-        self.seconds = state["seconds"]
-        self.files.rewind(checkpoint.step, state["num_dropped"])
+        self.seconds = self.seconds or state["seconds"]
+        self._rewind(checkpoint.step, state["num_dropped"])
         self.files.event("resumed", step=checkpoint.step)
+
+    def _rewind(self, step: int, num_dropped: int) -> None:
+        self.step = step
+        self._refused_in_a_row = 0
+        self.files.rewind(step, num_dropped)
+        self.metrics.rewind(step)
+        self.history.clear()
+        self.evaluations = [one for one in self.evaluations if one.step <= step]
 
     def _forgets_leases(self) -> bool:
         """A synchronous run goes on at the last step's end: what is half rolled out is forgotten, and
@@ -258,12 +329,17 @@ class Run:
             now.at - before.at,
             since(now.spent, before.spent),
             now.generators_since(before),
-            {"busy_s": since(now.reward, before.reward)["reward/busy_s"]},
+            {"busy_s": max(0.0, since(now.reward, before.reward).get("reward/busy_s", 0.0))},
         )
 
     async def _counters(self) -> Counters:
         statuses = await self.supervisor.statuses()
-        reward = await ask(self.rewards, self.rewards.handle.stats, within=PING_TIMEOUT_S)
+        try:
+            reward = await ask(
+                self.rewards, self.rewards.handle.stats, within=self.config.ping_timeout_s
+            )
+        except RoleFailed:  # reward_watch.py sees to that; these are only figures
+            reward = self._last.reward if self._last is not None else {}
         return Counters(time.perf_counter(), dict(self.seconds), statuses, reward)
 
     async def _since_last_step(self) -> tuple[float, float]:
@@ -272,9 +348,9 @@ class Run:
         assert before is not None, "take comes first"
         self._last, seconds = now, now.at - before.at
         busy = [one["busy_s"] for one in now.generators_since(before)]
-        for member, status in zip(self.supervisor.generators, now.generators, strict=True):
-            self._doing(member.name, f"{status['running']} running, {status['waiting']} waiting")
-        return seconds, self.spent("generation", sum(busy) / len(busy)) / seconds
+        for name, status in now.generators.items():
+            self._doing(name, f"{status['running']} running, {status['waiting']} waiting")
+        return seconds, self.spent("generation", sum(busy) / max(1, len(busy))) / seconds
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:

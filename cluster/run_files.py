@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
+from cluster.checkpoints import RUN_ID, run_id
 from cluster.config import BadInput, StageConfig
+from cluster.redaction import printable
+
+SAID = {"error", "message", "reason", "stack", "replay"}
 
 
 class RunFiles:
-    """runs/<name>/: config.yaml, events.jsonl, dropped.jsonl, status.json, summary.json."""
+    """runs/<name>/: config.yaml, run_id, events.jsonl, dropped.jsonl, status.json, summary.json."""
 
     def __init__(self, config: StageConfig) -> None:
         self.folder = config.run_dir
@@ -45,6 +52,8 @@ class RunFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
             (self.folder / "config.yaml").write_text(text)
+            if not run_id(self.folder):
+                (self.folder / RUN_ID).write_text(f"{self._config.name}-{uuid4().hex}\n")
         except OSError as error:
             raise BadInput(
                 f"{self.folder}: cannot write there ({error.strerror}); set runs_dir"
@@ -75,6 +84,14 @@ class RunFiles:
         self._facts |= {"state": state, "stage": stage, "pid": os.getpid(), **facts}
         self._replace("status.json", {**self._facts, "updated_at": time.time()})
 
+    async def beat(self, every_s: float) -> None:
+        """Say in status.json, again and again, that this process turns. Never ends."""
+        while True:
+            self._facts["heartbeat_at"] = time.time()
+            with contextlib.suppress(OSError):  # a full disk is for others to name
+                self._replace("status.json", {**self._facts, "updated_at": time.time()})
+            await asyncio.sleep(every_s)
+
     def summary(self, summary: dict[str, Any]) -> None:
         self._replace("summary.json", summary)
 
@@ -100,12 +117,20 @@ class RunFiles:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.folder / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_without_secrets(row)) + "\n")
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        self._replace_text(name, json.dumps(content, indent=1))
+        self._replace_text(name, json.dumps(_without_secrets(content), indent=1))
 
     def _replace_text(self, name: str, text: str) -> None:
         aside = self.folder / (name + ".partial")
         aside.write_text(text)
         os.replace(aside, self.folder / name)
+
+
+def _without_secrets(row: dict[str, Any]) -> dict[str, Any]:
+    """What others said goes through `printable`: a library's error may quote a token."""
+    return {
+        key: printable(value) if key in SAID and isinstance(value, str) else value
+        for key, value in row.items()
+    }

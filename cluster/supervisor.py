@@ -5,25 +5,28 @@
     take (buffer -> the loop)                waits until the ledger says that a step is ready
     push (learner -> generators)             until each has proved the new weights
 
-`take` waits for `collect`, is unblocked by it, and fails with it or with a push: a generator that
-died, hangs or raised ends the wait at once with a RoleFailed that names it. What passes through here
-are names, counts and references; trajectories stay where they are until the learner reads them.
+`take` waits for `collect`, is unblocked by it, and fails with it or with a push. A generator that dies,
+hangs or breaks is replaced (generator_group.py) and its prompts go out again, to the others at once;
+where it may not be replaced the wait ends with a RoleFailed that names it. What passes through here are
+names, counts and references; trajectories stay where they are until the learner reads them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from actors.prompts import PromptStream
 from actors.rollout_worker import Dropped, Rollouts
 from actors.trajectory import Key, Prompt
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import WeightUpdate
+from cluster.generator_group import GeneratorGroup, Lost, Replacement
 from cluster.ledger import Ledger
-from cluster.placement import Host, Member, RoleFailed, ask, ask_beside
+from cluster.placement import Host, Member, RoleFailed, ask_beside
 from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
 POLL_S = 1.0
@@ -44,16 +47,26 @@ class Supervisor:
         *,
         rollout_timeout_s: float,
         on_drop: Callable[[Dropped], None],
+        ping_timeout_s: float = PING_TIMEOUT_S,
+        replacement: Replacement | None = None,
     ) -> None:
-        self.generators = generators
+        """`rollout_timeout_s`: for one completion; `ping_timeout_s`: for any answer at all."""
+        self.group = GeneratorGroup(
+            generators,
+            host,
+            timeout_s=rollout_timeout_s,
+            ping_s=ping_timeout_s,
+            replacement=replacement,
+        )
         self.stream = stream
         self.ledger = ledger
         self.buffer = TrajectoryBuffer()
-        self._host = host
+        self._ping_s = ping_timeout_s
         self._timeout_s = rollout_timeout_s
         self._on_drop = on_drop
         self._load = [0] * len(generators)  # prompts out, by generator
         self._holder: dict[Key, int] = {}
+        self._homeless: list[Prompt] = []  # leased, and no generator is there to take them
         self._changed = asyncio.Event()
         self._collectors: list[asyncio.Task[None]] = []
         self._push: asyncio.Task[dict[str, float]] | None = None
@@ -61,6 +74,7 @@ class Supervisor:
         linger_s = max(LINGER_S, LINGER_PER_GENERATOR_S * len(generators))
         self._linger_s = linger_s if ledger.max_staleness else 0.0
         self.version = 0  # that every generator has proved
+        self.watched: list[asyncio.Task[Any]] = []  # a failure of these fails `take`, too
 
     # ---- the flow of prompts
 
@@ -92,7 +106,7 @@ class Supervisor:
         self._collect()
         waits = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(stop.wait())]
         # Collectors never end but by failing; a push that has ended well is waited for no more.
-        watched: list[asyncio.Task[Any]] = [*self._collectors]
+        watched: list[asyncio.Task[Any]] = [*self._collectors, *self.watched]
         if self._push is not None and not _ended_well(self._push):
             watched.append(self._push)
         await asyncio.wait([*waits, *watched], return_when=asyncio.FIRST_COMPLETED)
@@ -103,58 +117,99 @@ class Supervisor:
                 task.result()  # raises what it failed of
 
     async def _submit(self, prompts: list[Prompt]) -> None:
-        shares: list[list[Prompt]] = [[] for _ in self.generators]
         # The least busy one, the first of equals: the same deal in every synchronous run.
-        by_load = [(load, place) for place, load in enumerate(self._load)]
+        by_load = [(self._load[place], place) for place in self.group.present()]
+        if not by_load:
+            self._homeless += prompts
+            return
+        shares: dict[int, list[Prompt]] = {}
         heapq.heapify(by_load)
         for prompt in prompts:
             load, place = by_load[0]
             heapq.heapreplace(by_load, (load + 1, place))
-            shares[place].append(prompt)
+            shares.setdefault(place, []).append(prompt)
             self._load[place] = load + 1
             self._holder[prompt.prompt_id, prompt.epoch] = place
-        calls = [
-            ask(member, member.handle.submit, share, within=PING_TIMEOUT_S)
-            for member, share in zip(self.generators, shares, strict=True)
-            if share
-        ]
-        await asyncio.gather(*calls)
+        await asyncio.gather(*(self._hand_over(*share) for share in sorted(shares.items())))
+
+    async def _hand_over(self, place: int, prompts: list[Prompt]) -> None:
+        with contextlib.suppress(Lost):  # then its collector takes them back
+            await self.group.ask(place, lambda it: it.submit, prompts, within=self._ping_s)
 
     def _collect(self) -> None:
         if not self._collectors:
             self._collectors = [
-                asyncio.create_task(self._collect_from(place))
-                for place in range(len(self.generators))
+                asyncio.create_task(self._collect_from(place)) for place in range(len(self._load))
             ]
 
     async def _collect_from(self, place: int) -> None:
+        """One place's life: poll whoever is there, and replace it when it is lost."""
+        while True:
+            if self.group.is_present(place):
+                await self._until_lost(place)
+            await self._submit(self._take_back(place))
+            await self.group.replace(place)
+            homeless, self._homeless = self._homeless, []
+            await self._submit(homeless)
+
+    async def _until_lost(self, place: int) -> None:
+        poll = asyncio.create_task(self._poll(place))
+        lost = asyncio.create_task(self.group.lost(place))
         try:
-            await self._poll(place)
+            await asyncio.wait([poll, lost], return_when=asyncio.FIRST_COMPLETED)
+            if poll.done() and not isinstance(poll.exception(), Lost):
+                poll.result()  # raises
         except RoleFailed as error:
-            raise RoleFailed(f"{error} ({self._out_there(place)})") from error
+            raise RoleFailed(
+                f"{error} ({self._out_there(place)})", kind=error.kind, cause=error.cause
+            ) from error
+        finally:
+            poll.cancel()
+            lost.cancel()
+
+    def _take_back(self, place: int) -> list[Prompt]:
+        """The prompts that are out there, in the order of their leases."""
+        prompts = [
+            prompt
+            for prompt in self.ledger.outstanding()
+            if self._holder.get((prompt.prompt_id, prompt.epoch)) == place
+        ]
+        for prompt in prompts:
+            self._release((prompt.prompt_id, prompt.epoch))
+        return prompts
 
     async def _poll(self, place: int) -> None:
-        member = self.generators[place]
+        member = self.group.members[place]
         last_heard = time.monotonic()
         while True:
-            rollouts, chunk = await ask_beside(
+            rollouts, chunk = await self.group.or_lost(
+                place,
                 member,
-                member.handle.take,
-                POLL_S,
-                self._linger_s,
-                within=POLL_S + PING_TIMEOUT_S,
+                ask_beside(
+                    member,
+                    member.handle.take,
+                    POLL_S,
+                    self._linger_s,
+                    within=POLL_S + self._ping_s,
+                ),
             )
             if rollouts:
                 last_heard = time.monotonic()
-                await self._receive(rollouts, chunk)
-            elif not self._load[place]:
+                self._receive(rollouts, chunk)
+                if rollouts.dropped:  # others take their places, even if this poll is cancelled
+                    await asyncio.shield(self.admit())
+                continue
+            # Its engine's thread, not only its event loop, has to answer.
+            await self.group.ask(place, lambda it: it.status, within=self._timeout_s)
+            if not self._load[place]:
                 last_heard = time.monotonic()
             elif time.monotonic() - last_heard > self._timeout_s:
-                raise RoleFailed(f"{member.name}: no completion for {self._timeout_s:g} s")
-            else:
-                await ask(member, member.handle.status, within=self._timeout_s)
+                silent = RoleFailed(
+                    f"{member.name}: no completion for {self._timeout_s:g} s", kind="silent"
+                )
+                await self.group.or_lost(place, member, _raised(silent))
 
-    async def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
+    def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
         self.buffer.add(rollouts.finished, chunk)
         for key in rollouts.finished:
             self.ledger.finish(key)
@@ -164,8 +219,6 @@ class Supervisor:
             self.ledger.drop(key)
             self._release(key)
             self._on_drop(dropped)
-        if rollouts.dropped:
-            await self.admit()  # others take their places
         self._changed.set()
 
     def _release(self, key: Key) -> None:
@@ -177,17 +230,13 @@ class Supervisor:
 
     # ---- weights and state of the generators
 
-    async def agree_layout(self, layout: WeightLayout) -> None:
-        agreed = await self._each(lambda it: it.agree_layout, layout, within=PING_TIMEOUT_S)
-        assert set(agreed) == {layout.id}
-
     async def push(self, update: WeightUpdate) -> list[dict[str, float]]:
         """Returns each generator's proof, when all have proved the new version; from then on it
         counts as the version that prompts are leased at."""
-        shared = self._host.share(update) if update.payload else update
-        proofs = await self._each(lambda it: it.receive_weights, shared, within=self._timeout_s)
+        self._collect()  # from now on one that is lost is replaced
+        proofs = await self.group.push(update)
         self.version = update.version
-        return proofs
+        return list(proofs.values())
 
     def begin(self, push: Coroutine[Any, Any, dict[str, float]]) -> None:
         """Run a push beside everything else; `take` fails with it."""
@@ -199,20 +248,20 @@ class Supervisor:
         push, self._push = self._push, None
         return await push if push is not None else {}
 
-    async def statuses(self, within: float = PING_TIMEOUT_S) -> list[dict[str, Any]]:
-        return await self._each(lambda it: it.status, within=within)
+    async def statuses(self) -> dict[str, dict[str, Any]]:
+        """Of each generator that is there, by name."""
+        return await self.group.each(lambda it: it.status, within=self._ping_s)
 
-    async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
-        """One completion a prompt, spread over all generators; in the order of the prompts."""
-        count = len(self.generators)
-        shares = [prompts[place::count] for place in range(count)]
-        answers = await asyncio.gather(
-            *(
-                ask(m, m.handle.sample, share, temperature, seed, within=self._timeout_s)
-                for m, share in zip(self.generators, shares, strict=True)
-            )
-        )
-        return [answers[i % count][i // count] for i in range(len(prompts))]
+    async def reset(self) -> None:
+        """Forget every prompt, here and in the generators, which keep their engines."""
+        await self.close()
+        self._collectors, self._push = [], None
+        await self.group.each(lambda it: it.reset, within=self._ping_s)
+        self.buffer = TrajectoryBuffer()
+        self.ledger.clear()
+        self._load = [0] * len(self._load)
+        self._holder.clear()
+        self._homeless.clear()
 
     async def close(self) -> None:
         tasks = [*self._collectors, *([self._push] if self._push is not None else [])]
@@ -220,11 +269,9 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _each(self, method: Callable[[Any], Any], *args: Any, within: float) -> list[Any]:
-        calls: Iterable[Any] = (
-            ask(member, method(member.handle), *args, within=within) for member in self.generators
-        )
-        return await asyncio.gather(*calls)
+
+async def _raised(error: RoleFailed) -> Any:
+    raise error
 
 
 def _ended_well(task: asyncio.Task[Any]) -> bool:

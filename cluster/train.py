@@ -1,7 +1,8 @@
 """The loop of PPO, on one screen: take, update, publish, log, checkpoint.
 
     take        waits for the supervisor until a batch of scored trajectories is ready
-    update      the learner's PPO step on it: all epochs, minibatches and microbatches
+    update      the learner's PPO step on it: all epochs, minibatches and microbatches; if it is refused
+                nothing has changed, and the same step takes another batch
     publish     new weights to every generator, each of which proves them before it samples on
     log         one line of metrics; a warning if the score rises while the KL leaves its bound
     checkpoint  everything needed to go on exactly here
@@ -17,6 +18,7 @@ import time
 
 from cluster.run import Run
 from cluster.run_warnings import kl_warning
+from learner.learner_spec import StepRefused
 
 
 async def train(run: Run) -> None:
@@ -32,8 +34,12 @@ async def train(run: Run) -> None:
         waited = run.spent("waiting for rollouts", time.perf_counter() - started)
 
         updating = time.perf_counter()
-        metrics = await run.update(batch)
-        metrics["time/update_s"] = run.spent("update", time.perf_counter() - updating)
+        learned = await run.update(batch)
+        update_s = run.spent("update", time.perf_counter() - updating)
+        if isinstance(learned, StepRefused):
+            await run.refuse(learned, batch)
+            continue
+        metrics = learned | {"time/update_s": update_s}
         publishing = time.perf_counter()
         metrics |= await run.publish(run.step + 1)
         run.step += 1
@@ -48,8 +54,7 @@ async def train(run: Run) -> None:
         if warning := kl_warning(run.history, config.warn):
             run.warn(warning)
         if last or run.step % config.checkpoint.every == 0:
-            await run.checkpoint()
-            saved = run.step
+            saved = run.step if await run.checkpoint() else saved
     await run.proved()
     if run.stop.is_set() and run.step not in (saved, config.num_steps):
         await run.checkpoint()

@@ -76,6 +76,12 @@ class PPOBatch:
     returns: Tensor
     value_mask: Tensor  # where the critic is trained
 
+    @property
+    def behavior_differences(self) -> Tensor:
+        """[tokens]: how far the anchor is from what the generator said of each loss token."""
+        batch = self.trajectories
+        return (self.old_logprobs - batch.behavior_logprobs).abs()[batch.loss_mask]
+
     def learned_columns(self, step: int, version: int) -> pa.Table:
         """The trajectories' rows with what the learner made of them, as they are kept on disk."""
         batch = self.trajectories

@@ -6,13 +6,17 @@ only after its digests were verified, because torch's metadata file holds a pick
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from learner.ppo_update import PPOUpdate
@@ -56,16 +60,15 @@ class _RunState:
 
 
 def save(folder: Path, update: PPOUpdate) -> None:
-    """A collective: every rank writes its shards into `folder`, which must be new."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a group of one is no mistake
+    """A collective: every rank writes its shards into `folder`, which must be new. OSError on all ranks
+    if the disk refuses one of them."""
+    with _plain():
         dcp.save(_parts(update), checkpoint_id=str(folder))
 
 
 def load(folder: Path, update: PPOUpdate) -> None:
     """A collective. The caller has verified the folder's digests."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _plain():
         dcp.load(_parts(update), checkpoint_id=str(folder))
 
 
@@ -77,3 +80,25 @@ def _parts(update: PPOUpdate) -> dict[str, Any]:
     if update.models.value is not None and update.value_optimizer is not None:
         parts["value"] = _ModelState(update.models.value, update.value_optimizer.adamw)
     return parts
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Without warnings, and with exceptions that handlers catch: torch's is no Exception."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a group of one is no mistake
+        try:
+            yield
+        except CheckpointException as error:
+            raise _in_words([failure for failure, _ in error.failures.values()]) from None
+
+
+def _in_words(failures: list[BaseException]) -> Exception:
+    """The disk's refusal, if there is one. torch's C++ writer tells of it in words alone."""
+    for failure in failures:
+        if isinstance(failure, OSError):
+            return failure
+    text = " ".join(str(failures[0]).split())[:300]
+    if "PytorchStreamWriter" in text or "inline_container" in text:
+        return OSError(errno.EIO, text)
+    return RuntimeError(f"{type(failures[0]).__name__}: {text}")

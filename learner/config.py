@@ -32,6 +32,9 @@ class LearnerConfig(StrictModel):
     logprob_chunk_rows: PositiveInt = 256  # rows of [rows, vocabulary] that exist at once
     activation_checkpointing: bool = False
     cpu_offload: bool = False  # weights and optimizer wait in the host's memory; needs a GPU
+    max_restarts: int = Field(
+        default=3, ge=0
+    )  # of the group; each goes back to the newest checkpoint
     timeout_s: PositiveFloat = 600.0  # of one update, and of one collective
 
 
@@ -52,6 +55,16 @@ class PtxConfig(StrictModel):
     path: str
     coef: PositiveFloat
     batch_size: PositiveInt
+
+
+class RefuseConfig(StrictModel):
+    """Bounds beyond which a PPO step is refused as a whole: nothing has changed then, and another
+    batch is taken. What is not finite is refused always."""
+
+    approx_kl: PositiveFloat | None = None  # of a minibatch, before its optimizer step
+    grad_norm: PositiveFloat | None = None  # of policy or critic, before clipping
+    behavior_difference: PositiveFloat | None = None  # mean distance to the generators' logprobs
+    max_in_a_row: PositiveInt = 3  # then the run saves a checkpoint and fails
 
 
 class PPOConfig(StrictModel):
@@ -75,6 +88,7 @@ class PPOConfig(StrictModel):
     )
     anchor: Literal["learner", "behavior"] = "learner"
     behavior_ratio_cap: float | None = Field(default=None, ge=1)  # truncated importance correction
+    refuse: RefuseConfig = RefuseConfig()
     kl: KLConfig = KLConfig()
     ptx: PtxConfig | None = None
     policy: OptimizerConfig = OptimizerConfig(lr=1e-6)
@@ -94,6 +108,11 @@ class PPOConfig(StrictModel):
             raise ValueError(
                 "behavior_ratio_cap: only with anchor: learner (with anchor: behavior the ratio "
                 "itself corrects); remove one of the two"
+            )
+        if self.refuse.behavior_difference is not None and self.anchor == "behavior":
+            raise ValueError(
+                "refuse.behavior_difference: only with anchor: learner (with anchor: behavior the "
+                "learner computes no logprobs to compare); remove one of the two"
             )
         if self.value_init is not None and self.value_model == "shared":
             raise ValueError("value_init: only with value_model: separate; remove one of the two")

@@ -79,7 +79,7 @@ def export_checkpoint(checkpoint: Path, source: str, out: Path, dtype: str) -> N
     weights = {n.removeprefix(prefix): t.to(getattr(torch, dtype)) for n, t in state.items()}
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # stored under both names; the file needs one
     write_folder(weights, source, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,20 @@ class Samples:
     @property
     def lengths(self) -> list[int]:
         return [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+@dataclass(frozen=True)
+class StepRefused:
+    """A PPO step that was not taken: the learner is, to the bit, as it was before."""
+
+    step: int
+    reason: str
+    metrics: dict[str, float]  # that it was judged by; some may be NaN or infinite
+
+    @property
+    def kind(self) -> str:
+        """The reason without its numbers, which another number of ranks may round differently."""
+        return re.sub(r"\S*\d\S*", "#", self.reason)
 
 
 def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 24) -> tuple[int, ...]:

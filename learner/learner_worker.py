@@ -21,11 +21,12 @@ from torch import Tensor
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner import checkpoint
 from learner.batch import TrajectoryBatch
-from learner.learner_spec import LearnerSpec, Rendezvous, Samples
+from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
 from learner.process_group import free_address, join
+from learner.refusal import BadStep
 from learner.rollout_metrics import rollout_metrics
 from learner.sharding import unsharded
 from learner.supervised import SupervisedRows, load_supervised
@@ -103,13 +104,19 @@ class LearnerWorker:
         assert self._publisher is not None, "prepare_publish comes first"
         return self._publisher.last_update()
 
-    def update(self, table: pa.Table, step: int, version: int, folder: str) -> Metrics:
+    def update(
+        self, table: pa.Table, step: int, version: int, folder: str
+    ) -> Metrics | StepRefused:
         """One PPO step on a batch of trajectories; rank 0 writes them, with what was made of them, to
         `folder`. Returns metrics, the same on every rank but for memory and time; on rank 0 also
-        what the batch shows of generation and scoring."""
+        what the batch shows of generation and scoring. Or every rank refuses the step, and nothing
+        is changed or written."""
         started = time.perf_counter()
         batch = TrajectoryBatch.of(table)
-        ppo, metrics = self._update.update(batch, step)
+        try:
+            ppo, metrics = self._update.update(batch, step)
+        except BadStep as bad:
+            return StepRefused(step, bad.reason, bad.metrics)
         if self._rank == 0:
             _write_table(
                 ppo.learned_columns(step, version), Path(folder) / f"step-{step:06d}.parquet"

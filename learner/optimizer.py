@@ -66,7 +66,7 @@ class Optimizer:
 
         On the local shards: DTensors would add some twenty Python calls to every gradient.
         """
-        shards = [_local(p.grad) for p in self.parameters if p.grad is not None]
+        shards = [local_shard(p.grad) for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(shards).double()
         if any(isinstance(parameter, DTensor) for parameter in self.parameters):
             norm = sum_over_ranks(norm.square()).sqrt()
@@ -83,5 +83,5 @@ class Optimizer:
         self.adamw.zero_grad()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

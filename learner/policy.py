@@ -112,10 +112,14 @@ def load_policy(
     def build(source: Any) -> PolicyModel:
         return PolicyModel(source, chunk_rows=config.logprob_chunk_rows, value_head=value_head)
 
-    hf_config = _prepared(AutoConfig.from_pretrained(folder), folder)
+    hf_config = _prepared(AutoConfig.from_pretrained(folder, trust_remote_code=False), folder)
     full = None
     if dist.get_rank() == 0:
-        full = build(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        full = build(
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+        )
         _check_head(full.lm)
     with torch.device("meta"):
         empty = build(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
@@ -140,10 +144,14 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     """A critic from a language model's backbone (head zero) or from a reward model, head included."""
     from transformers import AutoConfig, AutoModel
 
-    hf_config = _prepared(AutoConfig.from_pretrained(folder), folder)
+    hf_config = _prepared(AutoConfig.from_pretrained(folder, trust_remote_code=False), folder)
     full = None
     if dist.get_rank() == 0:
-        full = ValueModel(AutoModel.from_pretrained(folder, dtype=torch.float32))
+        full = ValueModel(
+            AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+        )
         _copy_score_head(folder, hf_config, full.head)
     with torch.device("meta"):
         empty = ValueModel(AutoModel.from_config(hf_config, dtype=torch.float32))
@@ -165,7 +173,10 @@ def _copy_score_head(folder: str, hf_config: Any, head: nn.Linear) -> None:
         return
     from transformers import AutoModelForSequenceClassification
 
-    score = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).score
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    score = model.score
     mean, sd = getattr(hf_config, "score_mean", 0.0), getattr(hf_config, "score_sd", 1.0)
     with torch.no_grad():
         head.weight.copy_(score.weight / sd)

@@ -3,6 +3,7 @@
     prepare (sweep.py) -> for each minibatch: losses of my microbatches, summed gradients, one
     optimizer step for the policy and one for the critic.
 
+A number that is not finite or beyond its bound (refusal.py) undoes the whole step (undo.py).
 A minibatch is the same set of trajectories for any number of ranks and microbatches, and its losses
 are normalised by its own token count over all ranks: neither cut changes the gradient.
 """
@@ -19,12 +20,15 @@ from torch.distributed.fsdp import FSDPModule
 from learner.batch import PPOBatch, TrajectoryBatch
 from learner.config import PPOConfig
 from learner.logprobs import kl_estimate
-from learner.optimizer import NotFinite, Optimizer
+from learner.optimizer import Optimizer
 from learner.packing import unpack
 from learner.ppo_loss import policy_loss, token_mean, value_loss
 from learner.process_group import max_over_ranks, sum_over_ranks
+from learner.refusal import BadStep, check_minibatch
+from learner.step_metrics import step_metrics
 from learner.supervised import SupervisedBatch, supervised_loss
 from learner.sweep import Models, Share, prepare
+from learner.undo import Undo
 
 Metrics = dict[str, float]
 
@@ -53,21 +57,28 @@ class PPOUpdate:
         self._seed = seed
         self._num_steps = num_steps
         self._ptx_batches = ptx_batches
+        self._undo = Undo([one for one in (self.policy_optimizer, self.value_optimizer) if one])
 
     def update(self, batch: TrajectoryBatch, step: int) -> tuple[PPOBatch, Metrics]:
-        """Train on one batch; `step` counts from 1. NotFinite leaves the weights of the minibatch
-        at hand as they were."""
+        """Train on one batch; `step` counts from 1. BadStep leaves everything as it was before."""
+        self._undo.begin()
+        try:
+            return self._learn(batch, step)
+        except BadStep:
+            self._undo.restore()
+            raise
+
+    def _learn(self, batch: TrajectoryBatch, step: int) -> tuple[PPOBatch, Metrics]:
         rates = {"learner/lr_policy": self.policy_optimizer.set_step(step - 1, self._num_steps)}
         if self.value_optimizer is not None:
             rates["learner/lr_value"] = self.value_optimizer.set_step(step - 1, self._num_steps)
         ppo = prepare(batch, self.models, self._config, self._share, self.kl_coef)
         history: list[Metrics] = []
         for indices in self._minibatches(len(batch), step):
-            done = (step - 1) * self._config.epochs * self._config.minibatches + len(history)
-            history.append(self._minibatch(ppo, indices, done))
+            history.append(self._minibatch(ppo, indices, step, len(history)))
             if history[-1]["approx_kl"] > (self._config.max_approx_kl or float("inf")):
                 break
-        metrics = _step_metrics(ppo, history)
+        metrics = step_metrics(ppo, history)
         metrics |= rates | {"learner/kl_coef": self.kl_coef}
         self._adapt_kl(metrics["learner/kl_to_ref"], len(batch))
         return ppo, metrics
@@ -77,7 +88,11 @@ class PPOUpdate:
             order = np.random.default_rng([self._seed, step, epoch]).permutation(size)
             yield from (np.sort(part) for part in np.split(order, self._config.minibatches))
 
-    def _minibatch(self, ppo: PPOBatch, indices: np.ndarray, number: int) -> Metrics:
+    @property
+    def _num_minibatches(self) -> int:
+        return self._config.epochs * self._config.minibatches
+
+    def _minibatch(self, ppo: PPOBatch, indices: np.ndarray, step: int, done: int) -> Metrics:
         batch = ppo.trajectories
         counts = (int(batch.loss_mask[indices].sum()), int(ppo.value_mask[indices].sum()))
         microbatches = self._share.of(batch, indices.tolist())
@@ -91,22 +106,18 @@ class PPOUpdate:
                 old = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(old, value) if is_max else old + value
         if self._ptx_batches is not None:
-            sums["ptx_loss"] = self._ptx(number)
-        return self._step(_over_ranks(sums))
+            sums["ptx_loss"] = self._ptx((step - 1) * self._num_minibatches + done)
+        return self._step(_over_ranks(sums), done + 1)
 
-    def _step(self, metrics: Metrics) -> Metrics:
-        """Both optimizers, or neither where a loss or a gradient norm is not finite."""
+    def _step(self, metrics: Metrics, number: int) -> Metrics:
+        """Both optimizers, or BadStep; `number`: the minibatch within its step, from 1."""
         optimizers = {"grad_norm_policy": self.policy_optimizer}
         if self.value_optimizer is not None:
             optimizers["grad_norm_value"] = self.value_optimizer
         metrics |= {name: optimizer.clip() for name, optimizer in optimizers.items()}
-        losses = (metrics["policy_loss"], metrics["value_loss"])
-        if not np.isfinite([*losses, *(metrics[name] for name in optimizers)]).all():
-            for optimizer in optimizers.values():
-                optimizer.clear()
-            raise NotFinite(
-                f"a loss or gradient is not finite; this minibatch changed nothing: {metrics}"
-            )
+        check_minibatch(metrics, self._config.refuse, number)
+        if self._num_minibatches > 1:  # behind a step's only optimizer step nothing is judged
+            self._undo.keep()
         for optimizer in optimizers.values():
             optimizer.step()
         return metrics
@@ -226,31 +237,3 @@ def _over_ranks(sums: dict[str, Tensor]) -> Metrics:
             values = reduce(torch.stack([sums[name].float() for name in group]))
             result |= dict(zip(group, values.tolist(), strict=True))
     return result
-
-
-def _step_metrics(ppo: PPOBatch, history: list[Metrics]) -> Metrics:
-    """Means over the step's minibatches, what only the first shows, and what the batch itself shows."""
-    batch = ppo.trajectories
-    mask = batch.loss_mask
-    metrics = {
-        f"learner/{name}": float(np.mean([one[name] for one in history]))
-        for name in history[0]
-        if name != "ratio_error_max"
-    }
-    metrics["learner/first_ratio_error"] = history[0]["ratio_error_max"]
-    metrics["learner/first_clip_fraction"] = history[0]["clip_fraction"]
-    metrics["learner/minibatches"] = len(history)
-    # E[-log pi(a)] is the entropy: the sampled tokens estimate it without another pass.
-    metrics["learner/entropy"] = -ppo.old_logprobs[mask].mean().item()
-    log_ratio = torch.where(mask, ppo.old_logprobs - ppo.ref_logprobs, 0.0)
-    metrics["learner/kl_to_ref"] = log_ratio.sum(1).mean().item()
-    difference = (ppo.old_logprobs - batch.behavior_logprobs).abs()[mask]
-    metrics["learner/behavior_difference_mean"] = difference.mean().item()
-    metrics["learner/behavior_difference_max"] = difference.max().item()
-    if ppo.value_mask.any():
-        returns, values = ppo.returns[ppo.value_mask], ppo.values[ppo.value_mask]
-        variance = returns.var(correction=0)
-        if variance > 1e-12:  # else there is nothing to explain
-            unexplained = (returns - values).var(correction=0) / variance
-            metrics["learner/explained_variance"] = 1.0 - unexplained.item()
-    return metrics

@@ -25,10 +25,10 @@ from learner.advantages import (
 )
 from learner.batch import PPOBatch, TrajectoryBatch
 from learner.config import PPOConfig
-from learner.optimizer import NotFinite
 from learner.packing import PackedRows, plan, unpack
 from learner.policy import PolicyModel, ValueModel
 from learner.process_group import sum_over_ranks
+from learner.refusal import check_batch
 
 Forward = Callable[[PackedRows], Tensor]
 
@@ -94,7 +94,7 @@ def sweep(batch: Sequences, share: Share, forwards: Sequence[Forward]) -> list[T
 def prepare(
     batch: TrajectoryBatch, models: Models, config: PPOConfig, share: Share, kl_coef: float
 ) -> PPOBatch:
-    """All an epoch needs. Raises NotFinite if a score, logprob, value or advantage is not."""
+    """All an epoch needs. BadStep if it is nothing to learn from (see refusal.py)."""
     temperature = batch.temperature
 
     def reference(packed: PackedRows) -> Tensor:
@@ -116,16 +116,9 @@ def prepare(
         batch.scores, old_logprobs, ref_logprobs, batch.loss_mask, kl_coef=in_reward
     )
     advantages, returns, trained = _advantages(batch, rewards, values, config)
-    inputs = {
-        "score": [batch.scores],
-        "behavior logprob": [batch.behavior_logprobs],
-        "logprob or value": swept,
-        "advantage or return": [advantages, returns],
-    }
-    for name, tensors in inputs.items():
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise NotFinite(f"a {name} of the batch is not finite; nothing was changed")
-    return PPOBatch(batch, old_logprobs, ref_logprobs, values, advantages, returns, trained)
+    ppo = PPOBatch(batch, old_logprobs, ref_logprobs, values, advantages, returns, trained)
+    check_batch(ppo, config.refuse)
+    return ppo
 
 
 def _advantages(

@@ -312,6 +312,21 @@ def weights_of(worker: LearnerWorker) -> dict[str, Tensor]:
     }
 
 
+def everything(worker: LearnerWorker) -> dict[str, Tensor]:
+    """Weights, optimizer state, KL coefficient and random state: all that decides the next step."""
+    update = worker._update
+    found = weights_of(worker)
+    for kind, optimizer in (("policy", update.policy_optimizer), ("value", update.value_optimizer)):
+        if optimizer is None:
+            continue
+        for i, parameter in enumerate(optimizer.parameters):
+            for name, tensor in optimizer.adamw.state.get(parameter, {}).items():
+                found[f"{kind}.adam.{i}.{name}"] = whole(tensor)
+    found["kl_coef"] = torch.tensor(update.kl_coef, dtype=torch.float64)
+    found["rng"] = torch.get_rng_state()
+    return found
+
+
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from learner import checkpoint
 from learner.config import KLConfig
 from tests.learner_cases import (
     Case,
     batch_table,
     case,
+    everything,
     folders,
     largest_difference,
     ppo_config,
     run_ranks,
     same_bytes,
     weights_of,
-    whole,
 )
 
 STEPS, SAVED_AFTER = 3, 2
@@ -35,21 +37,6 @@ def cases():
         "shared": case(ppo_config(value_model="shared", **SHORT)),
         "critic-free": Case(untied, untied, ppo_config(advantage="grpo", **SHORT)),
     }
-
-
-def everything(worker) -> dict[str, Tensor]:
-    """Weights, optimizer state, KL coefficient and random state: all that decides the next step."""
-    update = worker._update
-    found = weights_of(worker)
-    for kind, optimizer in (("policy", update.policy_optimizer), ("value", update.value_optimizer)):
-        if optimizer is None:
-            continue
-        for i, parameter in enumerate(optimizer.parameters):
-            for name, tensor in optimizer.adamw.state[parameter].items():
-                found[f"{kind}.adam.{i}.{name}"] = whole(tensor)
-    found["kl_coef"] = torch.tensor(update.kl_coef, dtype=torch.float64)
-    found["rng"] = torch.get_rng_state()
-    return found
 
 
 def train(worker, steps, folder) -> None:
@@ -89,7 +76,19 @@ def _at_two_ranks(rank, meeting, cases, folder, from_one):
         worker = one.start(rank, meeting)
         worker.load(from_one[name])
         found[name]["loaded from one rank"] = everything(worker)
+    found["refused"] = refusal_of_a_full_disk(worker, rank, Path(folder) / "full")
     return found
+
+
+def refusal_of_a_full_disk(worker, rank, folder):
+    """What saving raises when the disk is full for the last rank's shard alone."""
+    folder.mkdir(exist_ok=True)
+    if rank == worker._share.world_size - 1:
+        (folder / f"__{rank}_0.distcp").symlink_to("/dev/full")
+    try:
+        worker.save(str(folder))
+    except Exception as error:
+        return type(error), getattr(error, "errno", None)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +133,30 @@ def test_a_checkpoint_of_one_rank_loads_at_two_and_the_other_way_round(name, cas
     worker.load(str(at_two[0] / name / "checkpoint"))
     assert same_bytes(everything(worker), at_two[1][0][name]["saved"])
     assert largest_difference(weights_of(worker), {n: saved[n] for n in weights_of(worker)}) < 1e-4
+
+
+def test_a_full_disk_is_told_to_every_rank_as_what_it_is(cases, at_two, tmp_path):
+    assert [found["refused"] for found in at_two[1]] == [(OSError, errno.ENOSPC)] * 2
+    worker = cases["shared"].start()
+    train(worker, [1], tmp_path)
+    before = everything(worker)
+    assert refusal_of_a_full_disk(worker, 0, tmp_path / "full") == (OSError, errno.ENOSPC)
+    assert same_bytes(everything(worker), before)
+    worker.save(str(tmp_path / "elsewhere"))
+
+
+def test_torchs_own_writer_is_understood_too(cases, tmp_path, monkeypatch):
+    """It tells of a file that grew too large in words alone."""
+    torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    def save(*_, **__):
+        raise CheckpointException("write", {0: (torn, None)})
+
+    worker = cases["shared"].start()
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    with pytest.raises(OSError, match="inline_container") as refused:
+        worker.save(str(tmp_path / "torn"))
+    assert refused.value.errno == errno.EIO
 
 
 def test_a_checkpoint_before_the_first_step_counts_no_step(cases, tmp_path):

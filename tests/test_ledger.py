@@ -93,6 +93,22 @@ class LedgerMachine(RuleBasedStateMachine):
         self.admit()
 
     @rule()
+    def a_step_is_refused(self) -> None:
+        """Its batch is dropped, the version stays, and the places are given again."""
+        keys = self.ledger.ready(self.version)
+        if keys is None:
+            return
+        capacity = self.ledger.capacity(self.version)
+        self.ledger.consume(keys)
+        self.ledger.refuse(keys)
+        assert self.ledger.capacity(self.version) == capacity + self.n
+        for key in keys:
+            del self.leased[key]
+            self.finished.remove(key)
+            self.dropped.append(key)
+        self.admit()
+
+    @rule()
     def a_checkpoint_and_a_resume(self) -> None:
         saved = json.loads(json.dumps(self.ledger.state()))
         restored = self.fresh()
@@ -179,6 +195,38 @@ def test_a_drop_gives_its_place_back() -> None:
     ledger.drop(key(0))
     assert ledger.capacity(0) == 1
     assert [p.prompt_id for p in ledger.outstanding()] == ["p1"]
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_after_refusals_the_step_gets_a_new_batch_that_is_no_staler(bound: int) -> None:
+    """Each batch of the version is refused; what replaces it is leased at that version."""
+    ledger, version = Ledger(prompts_per_step=2, max_staleness=bound), 5
+    ledger.num_leased = ledger.num_consumed = 2 * version
+    numbers = iter(range(100))
+    for _attempt in range(4):
+        for number in [next(numbers) for _ in range(ledger.capacity(version))]:
+            ledger.lease(tiny.prompt(number), version)
+            ledger.finish(key(number))
+        assert len(ledger) == 2 * (1 + bound)
+        batch = ledger.ready(version)
+        assert batch is not None
+        ledger.consume(batch)
+        ledger.refuse(batch)
+    assert ledger.num_consumed == 2 * version
+    assert ledger.num_dropped == 8
+    assert [number for number, _ in batch] == ["p6", "p7"]  # the oldest, never one twice
+
+
+def test_only_the_step_at_hand_can_be_refused_and_only_once() -> None:
+    ledger = leased(2, n=1, bound=1)
+    for i in (0, 1):
+        ledger.finish(key(i))
+        ledger.consume([key(i)])
+    with pytest.raises(AssertionError, match="step at hand"):
+        ledger.refuse([key(0)])
+    ledger.refuse([key(1)])
+    with pytest.raises(AssertionError, match="step at hand"):
+        ledger.refuse([key(1)])
 
 
 @pytest.mark.parametrize(

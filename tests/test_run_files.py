@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from actors.rollout_worker import Dropped
+from cluster.checkpoints import run_id
 from cluster.config import BadInput, RunConfig, load_config
 from cluster.dropped import rolled_out, too_long
 from cluster.run_files import RunFiles
@@ -74,7 +75,18 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(files: RunFiles) -> None:
     (files.folder / "checkpoints/step-000001").mkdir(parents=True)
     files.event("run_started")
     files.create(overwrite=True)
-    assert [path.name for path in files.folder.iterdir()] == ["config.yaml"]
+    assert {path.name for path in files.folder.iterdir()} == {"config.yaml", "run_id"}
+
+
+def test_a_runs_id_stays_when_it_is_resumed_and_is_a_new_ones_when_it_is_overwritten(
+    files: RunFiles,
+) -> None:
+    own = run_id(files.folder)
+    assert own.startswith("tiny-")
+    files.create(overwrite=False)
+    assert run_id(files.folder) == own
+    files.create(overwrite=True)
+    assert run_id(files.folder) not in ("", own)
 
 
 def test_a_folder_that_cannot_be_written_is_bad_input(config: RunConfig) -> None:

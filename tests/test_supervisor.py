@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import pytest_asyncio
 from actors.prompts import PromptStream
 from actors.rollout_worker import Dropped, Rollouts
 from actors.trajectory import Prompt, from_table, select, to_table
-from actors.weight_update import Probe, WeightLayout, WeightUpdate
+from actors.weight_update import Probe, WeightLayout, WeightsRejected, WeightUpdate
 from cluster import supervisor as supervisor_module
+from cluster.generator_group import Replacement
 from cluster.ledger import Ledger
 from cluster.placement import InProcessHost, Member, RoleFailed
 from cluster.supervisor import Supervisor
@@ -27,6 +29,10 @@ LAYOUT = WeightLayout.of([("w", (4,))], "float32")
 UPDATE = WeightUpdate(3, LAYOUT.id, (), Probe((1, 2), (-0.5,)))
 
 
+class ActorDiedError(Exception):
+    """Known by its name, as Ray's is."""
+
+
 class FakeWorker:
     """A rollout worker that finishes what the test lets it: by itself, or by `finish`."""
 
@@ -37,9 +43,13 @@ class FakeWorker:
         self.failure: Exception | None = None
         self.silent: set[str] = set()  # methods that never answer
         self.updates: list[Any] = []
+        self.dead = self.rejects = False
+        self.log: list[str] = []
         self._by_itself = by_itself
 
     async def submit(self, prompts: list[Prompt]) -> None:
+        self._alive()
+        self.log.append("submit")
         for prompt in prompts:
             self.submitted.append(f"{prompt.prompt_id}/{prompt.epoch}")
             self.out[prompt.prompt_id] = prompt
@@ -59,6 +69,7 @@ class FakeWorker:
 
     async def take(self, timeout_s: float, linger_s: float) -> tuple[Rollouts, Any]:
         await self._maybe_silent("take")
+        self._alive()
         if self.failure is not None:
             raise self.failure
         if not self.ready:
@@ -68,22 +79,42 @@ class FakeWorker:
 
     async def status(self) -> dict[str, Any]:
         await self._maybe_silent("status")
+        self._alive()
         return {"busy_s": 0.0, "running": len(self.out)}
 
     async def agree_layout(self, layout: WeightLayout) -> str:
+        self._alive()
+        self.log.append("agree_layout")
         return layout.id
+
+    async def reset(self) -> None:
+        self.out.clear()
+        self.ready.clear()
+
+    def _alive(self) -> None:
+        if self.dead:
+            raise ActorDiedError
 
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         await self._maybe_silent("receive_weights")
+        self._alive()
+        if self.rejects:
+            raise WeightsRejected("the digest is another")
+        self.log.append(f"prove {update.version}")
         self.updates.append(update)
         return {"probe_difference": 0.0}
 
     async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
+        self._alive()
         return [(id(self), prompt.prompt_id) for prompt in prompts]
 
     async def _maybe_silent(self, method: str) -> None:
         if method in self.silent:
             await asyncio.sleep(60)
+
+
+async def last_update() -> WeightUpdate:
+    return UPDATE
 
 
 Make = Callable[..., tuple[Supervisor, list[FakeWorker]]]
@@ -93,7 +124,6 @@ Make = Callable[..., tuple[Supervisor, list[FakeWorker]]]
 async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """make(n, ...) -> a supervisor with n prompts a step, and its fake workers."""
     monkeypatch.setattr(supervisor_module, "POLL_S", POLL_S)
-    monkeypatch.setattr(supervisor_module, "PING_TIMEOUT_S", 0.5)
     made: list[Supervisor] = []
 
     def maker(
@@ -104,8 +134,16 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
         prompts: int = 20,
         by_itself: bool = True,
         on_drop: Callable[[Dropped], None] = lambda dropped: None,
+        spares: list[FakeWorker] | None = None,
+        max_restarts: int = 10,
     ) -> tuple[Supervisor, list[FakeWorker]]:
         fakes = [FakeWorker(by_itself=by_itself) for _ in range(workers)]
+
+        def start(place: int, attempt: int) -> Member:
+            assert spares is not None
+            fakes.append(spares.pop(0))
+            return Member(f"generator-{place}.{attempt}", fakes[-1])
+
         made.append(
             Supervisor(
                 [Member(f"generator-{i}", fake) for i, fake in enumerate(fakes)],
@@ -113,7 +151,11 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
                 PromptStream([tiny.prompt(i) for i in range(prompts)], seed=0, shuffle=False),
                 Ledger(prompts_per_step=n, max_staleness=staleness),
                 rollout_timeout_s=TIMEOUT_S,
+                ping_timeout_s=0.5,
                 on_drop=on_drop,
+                replacement=None
+                if spares is None
+                else Replacement(start, last_update, max_restarts, lambda event, **facts: None),
             )
         )
         return made[-1], fakes
@@ -335,12 +377,12 @@ async def test_after_a_resume_what_was_out_goes_out_again_and_nothing_else(make:
 
 async def test_weights_are_received_when_every_generator_has_proved_them(make: Make) -> None:
     supervisor, workers = make()
-    await supervisor.agree_layout(LAYOUT)
+    await supervisor.group.agree_layout(LAYOUT)
     assert await supervisor.push(UPDATE) == [{"probe_difference": 0.0}] * 2
     assert [worker.updates for worker in workers] == [[UPDATE]] * 2
     workers[1].silent.add("receive_weights")
     with pytest.raises(RoleFailed, match="generator-1: no answer to receive_weights"):
-        await supervisor.push(UPDATE)
+        await supervisor.push(replace(UPDATE, version=4))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -348,6 +390,143 @@ async def test_samples_are_spread_over_all_generators_and_come_in_the_order_of_t
     make: Make, count: int
 ) -> None:
     supervisor, _ = make(workers=3)
-    drawn = await supervisor.sample([tiny.prompt(i) for i in range(count)], 1.0, 0)
+    drawn = await supervisor.group.sample([tiny.prompt(i) for i in range(count)], 1.0, 0)
     assert [name for _, name in drawn] == [f"p{i}" for i in range(count)]
     assert len({worker for worker, _ in drawn}) == min(count, 3)
+
+
+# ---- replacement
+
+
+async def opened(supervisor: Supervisor) -> None:
+    """As a run is after its start: a layout agreed on, a first version proved."""
+    await supervisor.group.agree_layout(LAYOUT)
+    await supervisor.push(UPDATE)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LONG_S):
+        while not condition():
+            await asyncio.sleep(POLL_S)
+
+
+async def test_the_prompts_of_a_dead_generator_go_to_the_others_at_once_and_each_is_trained_once(
+    make: Make,
+) -> None:
+    slow = FakeWorker(by_itself=False)
+    slow.silent.add("status")  # it loads for ever
+    supervisor, workers = make(4, by_itself=False, spares=[slow])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    workers[0].dead = True
+    await until(lambda: len(workers[1].submitted) == 4)
+    assert workers[1].submitted == ["p1/0", "p3/0", "p0/0", "p2/0"]
+    workers[1].finish("p0", "p1", "p2", "p3")
+    assert await take(supervisor) == ["p0", "p1", "p2", "p3"]
+    assert len(supervisor.ledger) == 0
+
+
+async def test_a_new_generator_proves_the_newest_version_before_it_is_given_a_prompt(
+    make: Make,
+) -> None:
+    spare = FakeWorker()
+    supervisor, workers = make(2, workers=1, by_itself=False, spares=[spare])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    workers[0].dead = True
+    assert await take(supervisor) == ["p0", "p1"]
+    assert spare.log == ["agree_layout", f"prove {UPDATE.version}", "submit"]
+    assert supervisor.group.members[0].name == "generator-0.1"
+
+
+async def test_what_is_admitted_while_no_generator_is_there_waits_for_the_next_one(
+    make: Make,
+) -> None:
+    spare = FakeWorker()
+    spare.silent.add("receive_weights")
+    supervisor, workers = make(3, workers=1, by_itself=False, spares=[spare, FakeWorker()])
+    await opened(supervisor)
+    workers[0].dead = True
+    await until(lambda: supervisor.group.present() == [])
+    await admit(supervisor, 0)
+    assert await take(supervisor) == ["p0", "p1", "p2"]  # of the second spare: the first is stuck
+    assert spare.submitted == []
+
+
+async def test_a_generator_that_rejects_weights_is_replaced_and_the_push_counts_for_the_others(
+    make: Make,
+) -> None:
+    spare = FakeWorker()
+    supervisor, workers = make(2, spares=[spare])
+    await supervisor.group.agree_layout(LAYOUT)
+    workers[1].rejects = True
+    assert len(await supervisor.push(UPDATE)) == 1
+    assert supervisor.version == UPDATE.version
+    await until(lambda: supervisor.group.present() == [0, 1])
+    assert spare.updates == [UPDATE]
+    assert workers[1].submitted == []
+
+
+async def test_a_generator_that_joined_with_a_version_is_not_pushed_it_again(make: Make) -> None:
+    spare = FakeWorker()
+    supervisor, workers = make(2, spares=[spare])
+    await opened(supervisor)
+    workers[0].dead = True
+    await until(lambda: spare.updates == [UPDATE] and supervisor.group.present() == [0, 1])
+    await supervisor.push(UPDATE)
+    assert spare.updates == [UPDATE]
+    assert workers[1].updates == [UPDATE]
+
+
+async def test_when_no_more_may_be_started_the_wait_ends_and_says_so(make: Make) -> None:
+    spares = [FakeWorker() for _ in range(3)]
+    for spare in spares:
+        spare.dead = True
+    supervisor, workers = make(2, workers=1, by_itself=False, spares=spares, max_restarts=2)
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    workers[0].dead = True
+    message, _ = await failure_of(supervisor)
+    assert "generator-0.2" in message
+    assert "died" in message
+    assert "generators.max_restarts" in message
+    assert len(spares) == 1
+
+
+async def test_an_answer_of_a_generator_that_was_given_up_is_not_counted(make: Make) -> None:
+    supervisor, workers = make(2, by_itself=False, spares=[FakeWorker()])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    stuck = workers[0]
+    supervisor.group.lose(0, supervisor.group.members[0], RoleFailed("stuck", kind="silent"))
+    await until(lambda: "p0/0" in workers[1].submitted)
+    stuck.finish("p0")
+    workers[1].finish("p1", "p0")
+    assert await take(supervisor) == ["p0", "p1"]
+    assert len(supervisor.buffer) == 0
+
+
+async def test_samples_of_a_generator_that_dies_meanwhile_are_drawn_by_the_others(
+    make: Make,
+) -> None:
+    spare = FakeWorker()
+    spare.silent.add("status")
+    supervisor, workers = make(2, spares=[spare])
+    workers[0].dead = True
+    drawn = await supervisor.group.sample([tiny.prompt(i) for i in range(5)], 1.0, 0)
+    assert drawn == [(id(workers[1]), f"p{i}") for i in range(5)]
+
+
+async def test_a_reset_forgets_every_prompt_here_and_there(make: Make) -> None:
+    supervisor, workers = make(4, by_itself=False, spares=[])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    workers[0].finish("p0")
+    await supervisor.reset()
+    assert (len(supervisor.ledger), len(supervisor.buffer)) == (0, 0)
+    assert all(not worker.out and not worker.ready for worker in workers)
+    supervisor.stream.cursor = 0
+    await admit(supervisor, 0)
+    for worker in workers:
+        worker.finish(*worker.out)
+    assert await take(supervisor) == ["p0", "p1", "p2", "p3"]

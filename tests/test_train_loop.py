@@ -10,6 +10,7 @@ import pytest
 
 from cluster.config import CheckpointConfig, WarnConfig
 from cluster.train import train
+from learner.learner_spec import StepRefused
 
 
 class FakeRun:
@@ -23,6 +24,8 @@ class FakeRun:
         step: int = 0,
         stop_at: int | None = None,
         stop_in_take_at: int | None = None,
+        not_saved_at: tuple[int, ...] = (),
+        refuse_at: tuple[int, ...] = (),
         evaluate_every: int | None = None,
         kl: list[float] | None = None,
     ) -> None:
@@ -41,6 +44,8 @@ class FakeRun:
         self.supervisor = SimpleNamespace(resubmit=self._resubmit)
         self._stop_at = stop_at
         self._stop_in_take_at = stop_in_take_at
+        self._not_saved_at = not_saved_at
+        self._refuse_at = [*refuse_at]
         self._evaluate_every = evaluate_every
         self._kl = kl or [0.0] * num_steps
 
@@ -57,12 +62,19 @@ class FakeRun:
             return None
         return f"batch {self.step}"
 
-    async def update(self, batch: Any) -> dict[str, float]:
+    async def update(self, batch: Any) -> dict[str, float] | StepRefused:
         self._note("update")
         assert batch == f"batch {self.step}"
+        if self.step in self._refuse_at:
+            self._refuse_at.remove(self.step)
+            return StepRefused(self.step + 1, "why", {})
         if self.step == self._stop_at:
             self.stop.set()
         return {"reward/score_mean": float(self.step), "learner/kl_to_ref": self._kl[self.step]}
+
+    async def refuse(self, refused: StepRefused, batch: Any) -> None:
+        self._note("refuse")
+        assert (refused.step, batch) == (self.step + 1, f"batch {self.step}")
 
     async def publish(self, version: int) -> dict[str, float]:
         self._note("publish")
@@ -91,8 +103,9 @@ class FakeRun:
         self._note("warn")
         self.warnings.append(message)
 
-    async def checkpoint(self) -> None:
+    async def checkpoint(self) -> bool:
         self._note("checkpoint")
+        return self.step not in self._not_saved_at
 
     def steps_of(self, verb: str) -> list[int]:
         return [step for name, step in self.calls if name == verb]
@@ -138,6 +151,18 @@ async def test_every_step_is_logged_with_the_figures_of_all_its_parts() -> None:
     assert "evaluation/win_rate" in run.history[-1]
 
 
+async def test_a_refused_step_takes_another_batch_and_publishes_nothing_until_then() -> None:
+    run = await trained(2, refuse_at=(1, 1))
+    assert [call for call in run.calls if call[1] == 1] == [
+        ("log", 1),
+        *(("take", 1), ("update", 1), ("refuse", 1)) * 2,
+        ("take", 1),
+        ("update", 1),
+        ("publish", 1),
+    ]
+    assert run.steps_of("log") == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("num_steps", "every", "saved"),
     [(7, 3, [3, 6, 7]), (6, 3, [3, 6]), (5, 1, [1, 2, 3, 4, 5]), (4, 9, [4])],
@@ -168,6 +193,17 @@ async def test_a_stop_saves_each_step_once(every: int) -> None:
     saved = run.steps_of("checkpoint")
     assert saved[-1] == 4
     assert len(saved) == len(set(saved))
+
+
+async def test_a_checkpoint_that_the_disk_refused_is_tried_again_when_the_next_is_due() -> None:
+    run = await trained(9, every=3, not_saved_at=(3,))
+    assert run.steps_of("update") == list(range(9))
+    assert run.steps_of("checkpoint") == [3, 6, 9]
+
+
+async def test_a_stop_after_such_a_checkpoint_tries_that_step_once_more() -> None:
+    run = await trained(9, every=3, not_saved_at=(3,), stop_in_take_at=3)
+    assert run.steps_of("checkpoint") == [3, 3]
 
 
 async def test_a_stop_in_the_last_step_ends_like_any_other_run() -> None:

@@ -160,3 +160,42 @@ def test_weights_that_changed_in_flight_leave_their_spans() -> None:
 @given(st.lists(st.tuples(text, st.integers(0, 99), st.integers(0, 99)), unique=True, max_size=20))
 def test_no_two_samples_share_a_trajectory_id(samples: list[tuple[str, int, int]]) -> None:
     assert len({trajectory_id(*sample) for sample in samples}) == len(samples)
+
+
+WRONG: dict[str, Any] = {
+    "trajectory_id": None, "prompt_ids": [], "completion_ids": [1], "behavior_logprobs": [0.5] * 3,
+    "policy_version": 7, "policy_version_max": -1, "version_spans": [], "score": math.nan,
+}  # fmt: skip
+
+
+@given(st.lists(trajectories(), min_size=1, max_size=3), st.data())
+def test_a_table_with_any_column_missing_empty_or_false_is_refused(
+    rows: list[Trajectory], data: st.DataObject
+) -> None:
+    table = to_table(rows)
+    name = data.draw(st.sampled_from(table.column_names))
+    place = table.column_names.index(name)
+    how = data.draw(st.sampled_from(["missing", "of another type", "empty"]))
+    if how == "missing":
+        broken = table.drop_columns([name])
+    else:
+        values = pa.nulls(len(rows)) if how == "empty" else pa.array([{"odd": 1}] * len(rows))
+        broken = table.set_column(place, name, values)
+    with pytest.raises(ValueError, match=r"no table of trajectories|null|trajectory "):
+        from_table(broken)
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name != "trajectory_id"])
+@given(rows=st.lists(trajectories(), min_size=1, max_size=3), data=st.data())
+def test_a_row_with_one_false_value_is_refused(
+    name: str, rows: list[Trajectory], data: st.DataObject
+) -> None:
+    place = data.draw(st.integers(0, len(rows) - 1))
+    raw = to_table(rows).to_pylist()
+    raw[place][name] = WRONG[name]
+    if name == "completion_ids" and len(raw[place]["behavior_logprobs"]) == 1:
+        raw[place][name] = [1, 2]
+    if name == "policy_version" and raw[place][name] == rows[place].policy_version:
+        raw[place][name] = 8
+    with pytest.raises(ValueError, match="trajectory "):
+        from_table(pa.Table.from_pylist(raw, TRAJECTORY_SCHEMA))

@@ -14,7 +14,12 @@ from tests.integration.runs import ROOT, Workshop
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    shop = Workshop(tmp_path_factory.mktemp("workshop"))
+    return made_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def made_workshop(folder: Path) -> Workshop:
+    """With data, a policy, and a reward model that is trained here."""
+    shop = Workshop(folder)
     generate = [sys.executable, "-m", "examples.support_replies.generate"]
     subprocess.run([*generate, "--out", str(shop.folder / "data")], cwd=ROOT, check=True)
     config = shop.folder / "reward.yaml"

@@ -34,12 +34,13 @@ class Workshop:
             self._words(arguments), cwd=ROOT, capture_output=True, text=True, timeout=300
         )
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """In a session of its own, so that the whole job can be killed at once."""
+    def start(self, *arguments: str, log: Path | None = None) -> subprocess.Popen[str]:
+        """In a session of its own, so that the whole job can be killed at once. `log`: where the output
+        of a long run goes; else into a pipe."""
         return subprocess.Popen(
             self._words(arguments),
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=log.open("w") if log is not None else subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,

@@ -1,0 +1,90 @@
+"""`raylign train --max-restarts N`: the run in a process of its own, started again with --resume when
+it failed or was killed.
+
+Only a run that failed (exit code 3) or whose process died is started again. Bad input, a stop that
+was asked for and the end are passed on. A driver that does nothing any more is killed first: it
+writes its heartbeat into status.json, whatever it waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from cluster.placement import stack_of
+
+CHECK_S = 1.0
+HEARTBEAT_S = 60.0  # a driver that has not beaten for so long does nothing any more
+FAILED = 3
+TRAIN = (sys.executable, "-m", "cluster.cli", "train")
+
+
+def run_again(
+    words: list[str], run_dir: Path, *, max_restarts: int, heartbeat_s: float = HEARTBEAT_S
+) -> int:
+    """`words`: of the train command. Returns its exit code, of the last attempt."""
+    attempts = 0
+    while True:
+        code = _Attempt(words, run_dir, heartbeat_s).wait()
+        if code != FAILED and code >= 0:
+            return code
+        if attempts == max_restarts:
+            print(
+                f"raylign: it ended with {code}, restarted {attempts} times; given up",
+                file=sys.stderr,
+            )
+            return FAILED if code < 0 else code
+        attempts += 1
+        print(
+            f"raylign: it ended with {code}; restart {attempts} of {max_restarts}", file=sys.stderr
+        )
+        begun = (run_dir / "config.yaml").exists()
+        words = [word for word in words if word not in ("--resume", "--overwrite")]
+        words += ["--resume"] if begun else []
+
+
+class _Attempt:
+    """One child process. Signals that ask for a stop are passed on to it."""
+
+    def __init__(self, words: list[str], run_dir: Path, heartbeat_s: float) -> None:
+        self._status = run_dir / "status.json"
+        self._heartbeat_s = heartbeat_s
+        self._started = time.time()
+        self._process = subprocess.Popen([*TRAIN, *words])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+
+    def wait(self) -> int:
+        while True:
+            try:
+                return self._process.wait(CHECK_S)
+            except subprocess.TimeoutExpired:
+                if (silent_s := self._silent_s()) > self._heartbeat_s:
+                    self._end(silent_s)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._process.send_signal(number)
+
+    def _silent_s(self) -> float:
+        """Since the last heartbeat of this attempt; 0 before the first."""
+        try:
+            status = json.loads(self._status.read_text())
+        except (OSError, ValueError):
+            return 0.0
+        beat = status.get("heartbeat_at") or 0.0
+        return time.time() - beat if beat > self._started else 0.0
+
+    def _end(self, silent_s: float) -> None:
+        import asyncio
+
+        print(
+            f"raylign: the driver (process {self._process.pid}) has not moved for {silent_s:.0f} s; it "
+            f"is ended\n{asyncio.run(stack_of(self._process.pid))}",
+            file=sys.stderr,
+        )
+        self._process.kill()

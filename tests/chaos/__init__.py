@@ -1,0 +1,1 @@
+"""Faults injected on purpose into real runs: `make chaos`."""

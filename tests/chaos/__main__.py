@@ -1,0 +1,147 @@
+"""python -m tests.chaos [--seed N] [--share 0.1] [--only roles drivers ...]      (make chaos)
+
+Injects faults into real runs (Ray, vLLM, FSDP), each at a random moment, and shows for each kind how
+often, after how many seconds it was noticed, and after how many all was well again. Every run must end
+with a passing audit. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import calls, disk, drivers, roles, weights
+from tests.chaos.faults import Fault, Hang
+from tests.integration.conftest import made_workshop
+from tests.integration.runs import Workshop
+
+ROLES = {
+    "generator killed": 14,
+    "generator stopped": 4,
+    "reward service killed": 12,
+    "reward service stopped": 5,
+    "learner rank killed": 10,
+    "learner rank stopped": 4,
+}
+SCENARIOS = ("roles", "drivers", "calls", "weights", "disk")
+
+
+class Chaos:
+    def __init__(self, shop: Workshop, rng: random.Random, share: float) -> None:
+        self._shop = shop
+        self._rng = rng
+        self._share = share
+        self.faults: list[Fault] = []
+        self.hangs = self.unproved = self.lost = self.doubled = 0
+
+    def run(self, scenario: str) -> None:
+        started = time.monotonic()
+        try:
+            self.faults += getattr(self, f"_{scenario}")()
+        except Hang as hang:
+            self.hangs += 1
+            print(f"{scenario}: HANG: {hang}", flush=True)
+        print(f"{scenario}: {time.monotonic() - started:.0f} s", flush=True)
+
+    def _roles(self) -> list[Fault]:
+        counts = {kind: self._number(count) for kind, count in ROLES.items()}
+        faults = roles.run(self._shop, self._rng, counts)
+        self._audit("chaos-roles")
+        return faults
+
+    def _drivers(self) -> list[Fault]:
+        faults = drivers.run(self._shop, self._rng, self._number(20))
+        self._audit("chaos-killed")
+        return faults
+
+    def _calls(self) -> list[Fault]:
+        faults = calls.run(self._shop, self._rng, self._number(60))
+        self._audit("chaos-calls")
+        return faults
+
+    def _weights(self) -> list[Fault]:
+        faults, unproved = weights.run(self._rng, self._number(24))
+        self.unproved += unproved
+        return faults
+
+    def _disk(self) -> list[Fault]:
+        """On copies of the checkpoints of a run of its own."""
+        generators = {"max_model_len": 64, "kv_cache_bytes": 1 << 25}
+        one = {"generators": generators, "learner": {"ranks": 1}, "evaluation": None}
+        config = self._shop.config(name="chaos-disk", num_steps=3, **one)
+        done = self._shop.command("train", str(config), "--in-process")
+        if done.returncode:
+            raise Hang(done.stdout + done.stderr)
+        run_dir = self._shop.runs / "chaos-disk"
+        return disk.run(run_dir, self._shop.folder, self._rng, self._number(60))
+
+    def _number(self, full: int) -> int:
+        return max(1, round(full * self._share))
+
+    def _audit(self, name: str) -> None:
+        done = self._shop.command("audit", name, "--runs-dir", str(self._shop.runs))
+        print(f"audit of {name}: {done.stdout.strip().splitlines()[-1:]}", flush=True)
+        if done.returncode:
+            words = done.stdout
+            self.doubled += "twice" in words
+            self.lost += "neither trained nor dropped" in words
+            self.unproved += "no publication" in words
+            raise Hang(f"the audit failed: {words}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of the number of faults")
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="raylign-chaos-") as folder:
+        chaos = Chaos(made_workshop(Path(folder)), random.Random(options.seed), options.share)
+        for scenario in options.only:
+            chaos.run(scenario)
+    _show(chaos.faults)
+    figures: dict[str, Any] = {
+        "faults": len(chaos.faults),
+        "hangs": chaos.hangs,
+        "lost": chaos.lost,
+        "doubled": chaos.doubled,
+        "unproved": chaos.unproved,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "seed": options.seed,
+    }
+    print(json.dumps(figures))
+    sys.exit(any(figures[name] for name in ("hangs", "lost", "doubled", "unproved")))
+
+
+def _show(faults: list[Fault]) -> None:
+    by_kind: dict[str, list[Fault]] = defaultdict(list)
+    for fault in faults:
+        by_kind[fault.kind].append(fault)
+    print(f"{'fault':32}{'times':>6}{'noticed in, s':>22}{'back in, s':>22}")
+    print(f"{'':38}{'median':>13}{'worst':>9}{'median':>13}{'worst':>9}")
+    for kind, some in sorted(by_kind.items()):
+        noticed = _median_and_worst([fault.noticed_s for fault in some])
+        back = _median_and_worst([fault.back_s for fault in some])
+        print(f"{kind:32}{len(some):>6}{noticed}{back}")
+
+
+def _median_and_worst(seconds: list[float | None]) -> str:
+    known = [one for one in seconds if one is not None]
+    if not known:
+        return f"{'-':>13}{'-':>9}"
+    return f"{statistics.median(known):>13.2f}{max(known):>9.2f}"
+
+
+if __name__ == "__main__":
+    main()

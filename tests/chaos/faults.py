@@ -1,0 +1,87 @@
+"""One fault injected, and what became of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.integration.runs import read_lines
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`noticed_s`, `back_s`: from the injection until the run said so, and until it was mended; None
+    where nothing from outside tells the moment."""
+
+    kind: str
+    noticed_s: float | None = None
+    back_s: float | None = None
+
+
+class Hang(Exception):
+    """Something did not come in the time that it may take."""
+
+
+class Events:
+    """A run's events.jsonl. By time, not by line: going back to a checkpoint withdraws lines."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "events.jsonl"
+
+    def wait(
+        self, name: str, since: float, within_s: float, alive: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """The first event of that name since a moment."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            if not alive():
+                raise Hang(f"the run ended while {name} was awaited")
+            for event in read_lines(self._path):
+                if event["event"] == name and event["time"] >= since:
+                    return event
+            time.sleep(0.05)
+        raise Hang(f"no {name} within {within_s:g} s")
+
+
+def actors(process: subprocess.Popen[Any], kind: str) -> list[psutil.Process]:
+    """The processes of a run's actors of a class, by the title that Ray gives them."""
+    found = []
+    for child in _below(process):
+        try:
+            if child.name().startswith(f"ray::{kind}"[:15]) and child.cmdline()[0].startswith(
+                f"ray::{kind}"
+            ):
+                found.append(child)
+        except (psutil.Error, IndexError):
+            continue
+    return sorted(found, key=lambda child: child.pid)
+
+
+def _below(process: subprocess.Popen[Any]) -> Iterable[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def strike(victim: psutil.Process, how: int) -> float:
+    """Send a signal; the moment."""
+    now = time.time()
+    os.kill(victim.pid, how)
+    return now
+
+
+def pause(rng: random.Random, low: float, high: float) -> None:
+    time.sleep(rng.uniform(low, high))
+
+
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP

@@ -1,0 +1,132 @@
+"""Updates of weights with a wrong byte, digest, layout or probe, each to a real engine that samples."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.vllm_engine import CPU_ENGINE_ENV
+from actors.weight_update import WeightsRejected, WeightUpdate
+from tests.chaos.faults import Fault, Hang
+
+REQUESTS, WITHIN_S = 6, 30.0
+
+
+def run(rng: random.Random, count: int) -> tuple[list[Fault], int]:
+    """The faults, and how many completions came from weights that were not proved."""
+    os.environ.update(CPU_ENGINE_ENV)  # before torch is imported
+    faults, unproved = [], 0
+    with tempfile.TemporaryDirectory(prefix="raylign-chaos-") as folder:
+        learner, make = _made(Path(folder))
+        for number in range(count):
+            kind = ("byte", "digest", "layout", "probe")[number % 4]
+            fault, sampled = asyncio.run(_one(kind, learner, make, rng, number))
+            faults.append(fault)
+            unproved += sampled
+        learner.close()
+    return faults, unproved
+
+
+def _made(folder: Path) -> tuple[Any, Callable[[], Any]]:
+    from actors.config import GeneratorsConfig
+    from actors.generator import Generator
+    from actors.prompts import load_tokenizer
+    from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
+    from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
+    from learner.learner_worker import LearnerWorker
+    from tests.tiny import write_policy
+
+    model = write_policy(folder / "model")
+    tokenizer = load_tokenizer(model)
+    spec = LearnerSpec(
+        policy=str(model),
+        reference=str(model),
+        ppo=PPOConfig(advantage="reinforce++", policy=OptimizerConfig(lr=1e-3)),
+        learner=LearnerConfig(),
+        seed=0,
+        num_steps=10,
+        push_dtype="float32",
+        probe_ids=probe_ids(len(tokenizer), set(tokenizer.all_special_ids)),
+    )
+    learner = LearnerWorker(spec, 0)
+    learner.start(Rendezvous(1, file=str(folder / "rendezvous")))
+    learner.prepare_publish(str(folder / "segment"))
+
+    def make() -> Any:
+        return Generator(
+            GeneratorsConfig(max_model_len=128, max_num_seqs=8, kv_cache_bytes=1 << 24),
+            model=str(model),
+            name="generator-0",
+            probe_bound=1e-4,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    return learner, make
+
+
+async def _one(
+    kind: str, learner: Any, make: Callable[[], Any], rng: random.Random, number: int
+) -> tuple[Fault, int]:
+    from actors.generator import GenerateRequest
+
+    started = time.monotonic()
+    generator = make()
+    await generator.agree_layout(learner._publisher.layout)
+    await generator.receive_weights(learner.publish(2 * number))
+    requests = [
+        GenerateRequest(f"r{i}", (40, 41, 42), max_tokens=64, temperature=1.0, seed=i)
+        for i in range(REQUESTS)
+    ]
+    futures = await generator.generate(requests)
+    await asyncio.sleep(rng.uniform(0.0, 0.05))  # somewhere among the steps
+    wrong, undo = _spoiled(learner.publish(2 * number + 1), kind, rng)
+    struck = time.monotonic()
+    try:
+        await asyncio.wait_for(generator.receive_weights(wrong), WITHIN_S)
+        raise AssertionError(f"weights with a wrong {kind} were taken")
+    except WeightsRejected:
+        noticed = time.monotonic() - struck
+    finally:
+        undo()
+    done = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), WITHIN_S)
+    bad = str(2 * number + 1)
+    unproved = sum(
+        any(str(version) == bad for version, _ in one.spans)
+        for one in done
+        if not isinstance(one, BaseException)
+    )
+    if not all(isinstance(one, BaseException) or one.spans for one in done):
+        raise Hang("a request was never answered")
+    await generator.close()
+    return Fault(f"weights: wrong {kind}", noticed, time.monotonic() - started), unproved
+
+
+def _spoiled(
+    update: WeightUpdate, kind: str, rng: random.Random
+) -> tuple[WeightUpdate, Callable[[], None]]:
+    """The update with one thing wrong, and how the segment is put right again."""
+    if kind == "byte":
+        image = np.memmap(update.segment, np.uint8, "r+")
+        place, bit = rng.randrange(len(image)), 1 << rng.randrange(8)
+        image[place] ^= bit
+        return update, lambda: image.__setitem__(place, image[place] ^ bit)
+    changes: dict[str, Any] = {
+        "digest": {"digests": ("0" * 32, *update.digests[1:])},
+        "layout": {"layout_id": "another"},
+        "probe": {
+            "probe": dataclasses.replace(
+                update.probe,
+                logprobs=tuple(x + rng.uniform(0.01, 1.0) for x in update.probe.logprobs),
+            )
+        },
+    }[kind]
+    return dataclasses.replace(update, **changes), lambda: None

@@ -1,0 +1,115 @@
+"""`--max-restarts`: a run that failed or died goes on with --resume; anything else is passed on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import restarts
+
+# A run that writes down how it was called, and ends as the next line of `plan` says.
+CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+calls = folder / "calls.jsonl"
+number = len(calls.read_text().splitlines()) if calls.exists() else 0
+with calls.open("a") as file:
+    file.write(json.dumps(sys.argv[2:]) + "\\n")
+act = json.loads((folder / "plan.json").read_text())[number]
+(folder / "config.yaml").write_text("")
+if act == "stuck":
+    (folder / "status.json").write_text(json.dumps({"heartbeat_at": time.time()}))
+    time.sleep(60)
+if act == "until a signal":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    (folder / "ready").write_text("")
+    time.sleep(60)
+if act == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(act)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    monkeypatch.setattr(restarts, "TRAIN", (sys.executable, str(child), str(tmp_path)))
+    monkeypatch.setattr(restarts, "CHECK_S", 0.05)
+    return tmp_path
+
+
+def ended(folder: Path, *plan: object, max_restarts: int = 3, heartbeat_s: float = 60.0) -> int:
+    (folder / "plan.json").write_text(json.dumps(plan))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return restarts.run_again(
+            ["ppo.yaml", "--overwrite"],
+            folder,
+            max_restarts=max_restarts,
+            heartbeat_s=heartbeat_s,
+        )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def calls(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+
+
+FIRST, AGAIN = ["ppo.yaml", "--overwrite"], ["ppo.yaml", "--resume"]
+
+
+@pytest.mark.parametrize("how", [3, "killed"])
+def test_what_failed_or_was_killed_goes_on_from_its_checkpoint(folder: Path, how: object) -> None:
+    assert ended(folder, how, how, 0) == 0
+    assert calls(folder) == [FIRST, AGAIN, AGAIN]
+
+
+@pytest.mark.parametrize("code", [0, 2, 130, 143])
+def test_an_end_bad_input_and_a_stop_are_passed_on(folder: Path, code: int) -> None:
+    assert ended(folder, code) == code
+    assert calls(folder) == [FIRST]
+
+
+def test_after_so_many_restarts_it_has_failed(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(folder, "killed", 3, "killed", max_restarts=2) == 3
+    assert len(calls(folder)) == 3
+    assert "restarted 2 times; given up" in capfd.readouterr().err
+
+
+def test_a_driver_that_stopped_beating_is_ended_and_its_stack_shown(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(folder, "stuck", 0, heartbeat_s=0.5) == 0
+    said = capfd.readouterr().err
+    assert "has not moved" in said
+    assert "Thread" in said
+    assert calls(folder) == [FIRST, AGAIN]
+
+
+def test_a_stop_is_handed_to_the_run(folder: Path) -> None:
+    (folder / "plan.json").write_text(json.dumps(["until a signal"]))
+    program = (
+        "import sys; from pathlib import Path; from cluster import restarts; "
+        f"restarts.TRAIN = {restarts.TRAIN!r}; folder = Path({str(folder)!r}); "
+        "sys.exit(restarts.run_again(['ppo.yaml'], folder, max_restarts=3))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 30
+    while not (folder / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert len(calls(folder)) == 1
