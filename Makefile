@@ -8,7 +8,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SEED ?= 0
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help setup quickstart arithmetic test chaos bench lint format clean
+.PHONY: help setup quickstart arithmetic test chaos soak bench lint format clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -33,6 +33,9 @@ test: setup ## all tests: maths, components, and real Ray + vLLM + FSDP runs
 
 chaos: setup ## break real runs on purpose: 200 faults, about 40 minutes
 	$(BIN)/python -m tests.chaos --seed $(SEED)
+
+soak: setup ## long runs: does anything grow? what do kills cost? about 15 minutes
+	$(BIN)/python -m tests.chaos --seed $(SEED) --only throughput soak
 
 bench: setup ## every benchmark; results into benchmarks/results/ (about two hours)
 	$(BIN)/python -m benchmarks

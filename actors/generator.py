@@ -69,13 +69,22 @@ class Generator:
     """Samples completions, continuously batched; takes new weights without stopping."""
 
     def __init__(
-        self, config: GeneratorsConfig, *, model: str, name: str, probe_bound: float, decode: Any
+        self,
+        config: GeneratorsConfig,
+        *,
+        model: str,
+        name: str,
+        probe_bound: float,
+        decode: Any,
+        finish_all: bool = False,
     ) -> None:
-        """`decode`: token ids -> text, without special tokens."""
+        """`decode`: token ids -> text, without special tokens. `finish_all`: weights wait until every
+        request that came before them is done, those that wait for a seat, too."""
         self.name = name
         self._config = config
         self._decode = decode
         self._probe_bound = probe_bound
+        self._finish_all = finish_all
         self._engine = make_engine(config, model)
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Deliver]] = queue.SimpleQueue()
         self._waiting: collections.deque[GenerateRequest] = collections.deque()
@@ -241,8 +250,10 @@ class Generator:
 
     def _apply(self, update: WeightUpdate, delivery: Delivery) -> None:
         resolve, reject = delivery
-        if self._config.weight_update == "drained":
-            while self._started:
+        if self._finish_all or self._config.weight_update == "drained":
+            while self._started or (self._finish_all and self._waiting):
+                if self._finish_all:
+                    self._admit()
                 self._step()
         started = time.perf_counter()
         proved, self._proved = self._proved, None

@@ -69,10 +69,12 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
         ids = tokenizer(text, add_special_tokens=False).input_ids
     else:
         given = row.get("prompt")
-        if not isinstance(given, str) or not given:
+        if not isinstance(given, str) or not given.strip():
             raise ValueError(f"{where}: the prompt is empty or no text; remove the row")
         text = given
         ids = tokenizer(text).input_ids
+    if not ids:
+        raise ValueError(f"{where}: the prompt has no tokens for this tokenizer; remove the row")
     answer = row.get("answer")
     name = row.get("prompt_id")
     return Prompt(

@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,9 @@ from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
 
 # Seconds. A call to the reward service costs this process milliseconds that its engine needs.
 GATHER_S = 0.05
+
+
+Scoring = Literal["together", "each", "gathered"]
 
 
 class Engine(Protocol):
@@ -85,16 +88,17 @@ class RolloutWorker:
         sampling: SamplingConfig,
         *,
         seed: int,
-        score_together: bool,
+        scoring: Scoring,
     ) -> None:
-        """`score_together`: score all prompts of a submit in one call, in order, once the last is
-        sampled. Then scores cannot depend on timing, which synchronous runs promise; otherwise a
-        prompt is scored when its samples are there, with those that are within GATHER_S of it."""
+        """What one call to the reward service holds. together: all prompts of a submit, in order, once
+        the last is sampled. each: one prompt's samples. gathered: a prompt's samples with all others
+        that are there within GATHER_S. With the first two no score can depend on timing (of a model
+        the last bits do, if a batch is another one)."""
         self._engine = engine
         self._rewards = rewards
         self._sampling = sampling
         self._seed = seed
-        self._score_together = score_together
+        self._scoring = scoring
         self._finished: asyncio.Queue[_Scored | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampled: list[tuple[Prompt, int, Completion]] = []  # to be scored with the next call
@@ -119,11 +123,12 @@ class RolloutWorker:
         futures = await self._engine.generate(requests)
         n = self._sampling.samples_per_prompt
         groups = [(p, futures[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
-        if self._score_together:
+        if self._scoring == "together":
             self._spawn(self._roll_out(groups))
         else:
+            rolled_out = self._gather if self._scoring == "gathered" else self._alone
             for prompt, samples in groups:
-                self._spawn(self._gather(prompt, samples))
+                self._spawn(rolled_out(prompt, samples))
 
     async def take(
         self, timeout_s: float, linger_s: float = 0.0
@@ -202,6 +207,9 @@ class RolloutWorker:
         task = asyncio.create_task(rollout)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _alone(self, prompt: Prompt, samples: list[asyncio.Future[Completion]]) -> None:
+        await self._roll_out([(prompt, samples)])
 
     async def _gather(self, prompt: Prompt, samples: list[asyncio.Future[Completion]]) -> None:
         """Wait for one prompt's samples; the first of a gathering scores it."""

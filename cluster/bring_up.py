@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoints
+from cluster import checkpoints, run_state
 from cluster.learner_group import LearnerLost
 from cluster.placement import RoleFailed
 from cluster.run import Run
+from cluster.self_check import self_check
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -30,11 +31,11 @@ async def bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
         run.learner.start(run.files.folder), run.supervisor.group.started()
     )
     if checkpoint is not None:
-        await run.restore(checkpoint)
+        await run_state.restore(run, checkpoint)
         run.view.note(f"resumed from the checkpoint of step {checkpoint.step}")
     _say_started(run, loaded)
     await _connect_weights(run)
-    await run.self_check()
+    await self_check(run)
     if checkpoint is None:
         await run.evaluate()
 
@@ -60,7 +61,10 @@ async def recover(run: Run, lost: LearnerLost) -> None:
     checkpoint, problems = checkpoints.newest_intact(run.files.folder)
     for problem in problems:
         run.view.note(f"checkpoint not used: {problem}; going on from the one before it")
-    await (run.restore(checkpoint) if checkpoint is not None else run.start_over())
+    if checkpoint is not None:
+        await run_state.restore(run, checkpoint)
+    else:
+        run_state.start_over(run)
     _say_started(run, restarted)
     await _connect_weights(run)
     run.files.event(

@@ -155,10 +155,10 @@ def submit(
 def doctor(config: Config, overrides: Overrides = None) -> None:
     """Check config, data, tokenizers and resources without starting anything; print the plan."""
     loaded = _load(config, overrides, RunConfig)
-    from cluster.doctor import check_inputs, plan_lines
+    from cluster.doctor import check_inputs
+    from cluster.plan import plan, resources, show
 
-    for line in plan_lines(loaded, check_inputs(loaded)):
-        typer.echo(line)
+    show([*plan(loaded, check_inputs(loaded)), resources(loaded)])
     typer.echo("doctor: nothing stands in the way")
 
 

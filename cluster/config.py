@@ -6,6 +6,7 @@ Imports nothing heavy: a mistake is refused in well under a second.
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -112,6 +113,9 @@ class RunConfig(LearnerStageConfig):
     stage: Literal["train"]
     batch_size: PositiveInt  # trajectories a step
     max_staleness: int = Field(default=0, ge=0)
+    # Of an asynchronous run: the same bits whatever the timing. A step takes the oldest prompts and no
+    # others, and all that were leased at a version are sampled from it. Costs overlap, not exactness.
+    deterministic: bool = False
     policy: str  # Hugging Face folder
     reference: str | None = None  # default: the policy at the start
     trust_remote_code: Literal[False] = False
@@ -136,17 +140,17 @@ class RunConfig(LearnerStageConfig):
         if self.batch_size % samples:
             raise ValueError(
                 f"batch_size: {self.batch_size} is no multiple of sampling.samples_per_prompt {samples}; "
-                f"nearest: {max(samples, self.batch_size // samples * samples)}"
+                f"nearest: {self._nearest_batch_size()}"
             )
         if self.batch_size % self.ppo.minibatches:
             raise ValueError(
                 f"batch_size: {self.batch_size} is no multiple of ppo.minibatches {minibatches}; "
-                f"nearest: {max(minibatches, self.batch_size // minibatches * minibatches)}"
+                f"nearest: {self._nearest_batch_size()}"
             )
         if self.batch_size // self.ppo.minibatches < self.learner.ranks:
             raise ValueError(
                 f"ppo.minibatches: {self.batch_size // self.ppo.minibatches} trajectories a minibatch for "
-                f"learner.ranks {self.learner.ranks}; each rank needs one: fewer minibatches or ranks"
+                f"learner.ranks {self.learner.ranks}; each rank needs one: set {self._fewer_parts()}"
             )
         if self.ppo.advantage in ("grpo", "rloo") and samples < 2:
             raise ValueError(
@@ -163,6 +167,19 @@ class RunConfig(LearnerStageConfig):
                 f"generators.max_model_len {self.generators.max_model_len}; raise the latter"
             )
         return self
+
+    def _nearest_batch_size(self) -> int:
+        """That samples, minibatches and ranks all divide as they must."""
+        minibatches = self.ppo.minibatches
+        unit = math.lcm(self.sampling.samples_per_prompt, minibatches)
+        least = math.ceil(minibatches * self.learner.ranks / unit)
+        return unit * max(least, (2 * self.batch_size + unit - 1) // (2 * unit))
+
+    def _fewer_parts(self) -> str:
+        most = self.batch_size // self.learner.ranks
+        fitting = [n for n in range(1, most + 1) if self.batch_size % n == 0]
+        ranks = f"learner.ranks={self.batch_size // self.ppo.minibatches}"
+        return f"ppo.minibatches={fitting[-1]} or {ranks}" if fitting else ranks
 
 
 Stage = TypeVar("Stage", bound=StageConfig)

@@ -30,7 +30,8 @@ class Deployment:
     members: list[Member] = field(default_factory=list)
 
     def reward_service(self, name: str, reward: RewardServiceConfig) -> Member:
-        merge = self.config.max_staleness > 0
+        # Which calls come together is a matter of timing.
+        merge = self.config.max_staleness > 0 and not self.config.deterministic
         return self._start(
             name,
             RewardRole,

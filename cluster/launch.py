@@ -34,20 +34,15 @@ from cluster import checkpoints
 from cluster.bring_up import bring_up, recover
 from cluster.config import BadInput, RunConfig
 from cluster.deployment import Deployment
-from cluster.doctor import (
-    Inputs,
-    check_gpus,
-    check_inputs,
-    check_resume,
-    checkpoint_bytes,
-    gpus_of,
-)
+from cluster.doctor import Inputs, check_inputs, check_resume
 from cluster.dropped import rolled_out, too_long
 from cluster.evaluation import Evaluation
 from cluster.generator_group import Replacement
+from cluster.gpus import check_gpus, gpus_of
 from cluster.learner_group import LearnerGroup, LearnerLost
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
+from cluster.memory import checkpoint_bytes
 from cluster.metrics import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member, RayHost
 from cluster.reward_watch import watch_rewards
@@ -134,11 +129,7 @@ async def _run(
     run.supervisor.watched += [watch, beat]
     try:
         await bring_up(run, checkpoint)
-        while not run.over:
-            try:
-                await train(run)
-            except LearnerLost as lost:
-                await recover(run, lost)
+        await _train(run)
         await finish(run)
         return 128 + run.stopped_by if run.stopped_by is not None else 0
     finally:
@@ -148,6 +139,19 @@ async def _run(
         metrics.close()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(host.stop(deployment.members), 15.0)
+
+
+async def _train(run: Run) -> None:
+    """To the end, with as many learners as it takes."""
+    lost: LearnerLost | None = None
+    while lost is not None or not run.over:
+        try:
+            if lost is not None:
+                await recover(run, lost)
+                lost = None
+            await train(run)
+        except LearnerLost as again:
+            lost = again
 
 
 def _wire(
@@ -175,7 +179,11 @@ def _wire(
         generators,
         host,
         PromptStream(inputs.prompts, seed=config.seed, shuffle=config.prompts.shuffle),
-        Ledger(prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness),
+        Ledger(
+            prompts_per_step=config.prompts_per_step,
+            max_staleness=config.max_staleness,
+            in_order=config.deterministic,
+        ),
         rollout_timeout_s=config.generators.rollout_timeout_s,
         ping_timeout_s=config.ping_timeout_s,
         on_drop=lambda dropped: files.dropped(rolled_out(dropped, samples)),

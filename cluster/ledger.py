@@ -29,8 +29,12 @@ class Lease:
 
 
 class Ledger:
-    def __init__(self, *, prompts_per_step: int, max_staleness: int) -> None:
+    def __init__(
+        self, *, prompts_per_step: int, max_staleness: int, in_order: bool = False
+    ) -> None:
+        """`in_order`: a step takes the oldest prompts, and waits for those of them that are not done."""
         self._per_step = prompts_per_step
+        self._in_order = in_order
         self.max_staleness = max_staleness
         self._leases: dict[Key, Lease] = {}
         self._next_number = 0
@@ -68,6 +72,8 @@ class Ledger:
         if self._num_finished < self._per_step:
             return None
         by_age = list(self._leases.items())  # leases are added, and restored, in their order
+        if self._in_order and not all(lease.finished for _, lease in by_age[: self._per_step]):
+            return None
         keys = [key for key, lease in by_age if lease.finished][: self._per_step]
         taken = set(keys)
         left = [lease for key, lease in by_age if key not in taken]
@@ -110,6 +116,11 @@ class Ledger:
         self._leases.clear()
         self._next_number = self._num_finished = 0
         self.num_leased = self.num_consumed = self.num_dropped = 0
+
+    def num_awaited(self, version: int) -> int:
+        """Prompts that were leased at an older version and are not finished."""
+        leases = self._leases.values()
+        return sum(not lease.finished and lease.version < version for lease in leases)
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""

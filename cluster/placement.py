@@ -89,10 +89,12 @@ async def _answer(member: Member, method: Any, call: Callable[[], Any], within: 
         if not inspect.isawaitable(answer):
             return answer
         task = asyncio.ensure_future(_settle(answer))
-        await asyncio.wait([task], timeout=within)
-        if task.done():
-            return task.result()
-        task.cancel()
+        try:
+            await asyncio.wait([task], timeout=within)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()  # or, if nobody waits any more, its failure would be reported by no one
     except Exception as error:
         raise _failed(member, label, error) from error
     raise RoleFailed(f"{member.name}: no answer to {label} within {within:g} s", kind="silent")

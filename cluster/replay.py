@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from actors.prompts import load_tokenizer
 from cluster import checkpoints, replay_bundle
 from cluster.config import BadInput, RunConfig, load_config
-from cluster.doctor import Inputs, policy_config
+from cluster.doctor import Inputs
+from cluster.model_folder import policy_config
 from cluster.specs import learner_spec
 from learner.learner_spec import LEARNER_ENV, LearnerSpec, Rendezvous, StepRefused
 from reward_service.fast_import import fast_import

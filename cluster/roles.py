@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.config import GeneratorsConfig, SamplingConfig
-from actors.rollout_worker import RolloutWorker
+from actors.rollout_worker import RolloutWorker, Scoring
 from actors.trajectory import Key, select, to_table
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.placement import DEATHS, RoleFailed
@@ -46,7 +46,8 @@ class RolloutSpec:
     reward: RewardServiceConfig
     probe_bound: float
     seed: int
-    score_together: bool
+    scoring: Scoring
+    finish_all: bool
     log_file: Path
 
 
@@ -64,6 +65,7 @@ class RolloutRole(RolloutWorker):
             model=spec.model,
             name=spec.name,
             probe_bound=spec.probe_bound,
+            finish_all=spec.finish_all,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         )
         call = rewards.score.remote if hasattr(rewards.score, "remote") else rewards.score
@@ -72,7 +74,7 @@ class RolloutRole(RolloutWorker):
             RewardClient(_awaiting(call), spec.reward),
             spec.sampling,
             seed=spec.seed,
-            score_together=spec.score_together,
+            scoring=spec.scoring,
         )
 
 

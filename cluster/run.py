@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-
-from actors.trajectory import Prompt, keys_of
+from actors.trajectory import Prompt
 from actors.weight_update import WeightUpdate
-from cluster import checkpoints, dropped, replay_bundle
+from cluster import dropped, replay_bundle, run_state
 from cluster.config import RunConfig
-from cluster.disk import refusal_of
 from cluster.evaluation import Evaluated, Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.live_view import LiveView
@@ -25,10 +19,9 @@ from cluster.placement import Host, Member, RoleFailed, ask
 from cluster.role_times import Times, role_times, since
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
-from learner.learner_spec import Samples, StepRefused
-from learner.trajectory_buffer import Batch, TrajectoryBuffer
+from learner.learner_spec import StepRefused
+from learner.trajectory_buffer import Batch
 
-SELF_CHECK_PROMPTS = 16
 HISTORY = 16  # steps
 
 
@@ -73,7 +66,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
     _roles: dict[str, str] = field(default_factory=dict)
-    _boundary: tuple[int, int] = (0, 0)
+    boundary: tuple[int, int] = (0, 0)  # (cursor, drops) at the end of the last step
     _first: Counters | None = None  # as they were when the first prompt went out
     _last: Counters | None = None  # at the last step
     _refused_in_a_row: int = 0
@@ -85,7 +78,7 @@ class Run:
         self._doing("learner", "waiting for rollouts")
         if self._first is None:
             self._first = self._last = await self._counters()
-        self._boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
+        self.boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
         await self.supervisor.admit()
         return await self.supervisor.take(self.step, self.stop)
 
@@ -170,33 +163,11 @@ class Run:
         """False if the disk refused it: the run goes on and tries again when the next one is due. It
         cannot go on without its last one: then CheckpointFailed."""
         started = time.perf_counter()
-        needed = checkpoints.expected_bytes(self.files.folder, self.checkpoint_bytes)
-        try:
-            await self._save(needed)
-        except (OSError, RoleFailed) as error:
-            if (refusal := refusal_of(error)) is None:
-                raise
-            self._give_up(refusal, needed)
+        if not await run_state.save(self):
             return False
         self.files.event("checkpoint_saved", step=self.step)
         self.spent("checkpoint", time.perf_counter() - started)
         return True
-
-    async def _save(self, needed_bytes: int) -> None:
-        aside = checkpoints.begin(self.files.folder, self.step, needed_bytes)
-        await self.learner.save(aside / checkpoints.LEARNER)
-        (aside / checkpoints.DRIVER).write_text(json.dumps(self._driver_state()))
-        buffer = TrajectoryBuffer() if self._forgets_leases() else self.supervisor.buffer
-        await self.learner.save_trajectories(buffer.contents(), aside / checkpoints.BUFFER)
-        checkpoints.commit(aside, self.step, self.config.checkpoint.keep)
-
-    def _give_up(self, refusal: OSError, needed_bytes: int) -> None:
-        given_up = checkpoints.give_up(self.files.folder, self.step, refusal, needed_bytes)
-        with contextlib.suppress(OSError):  # the events are on the same disk
-            self.files.event("checkpoint_failed", step=self.step, **asdict(given_up))
-        if self.over:
-            raise checkpoints.CheckpointFailed(str(given_up)) from refusal
-        self.view.note(f"WARNING: {given_up}; the next one is tried when it is due")
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out evaluation of the published policy; {} without one in the config."""
@@ -228,86 +199,20 @@ class Run:
         self.files.event("warning", step=self.step, message=message)
         self.view.note(f"WARNING: {message}")
 
-    # ---- before the first step
-
-    async def self_check(self) -> dict[str, float]:
-        """Same weights, same tokens: generator logprobs against learner logprobs, within bounds."""
-        bounds, temperature = self.config.self_check, self.config.sampling.temperature
-        samples = await self.supervisor.group.sample(
-            self.prompts[:SELF_CHECK_PROMPTS], temperature, self.config.seed
-        )
-        learned = await self.learner.policy_logprobs(
-            Samples(
-                tuple(np.array(request.prompt_ids) for request, _ in samples),
-                tuple(np.array(completion.ids) for _, completion in samples),
-                temperature,
-            )
-        )
-        generated = np.concatenate([completion.logprobs for _, completion in samples])
-        difference = np.abs(generated - np.concatenate(learned))
-        mean, worst = float(difference.mean()), float(difference.max())
-        self.view.note(
-            f"self-check: generator and learner logprobs differ by {mean:.1e} (mean), {worst:.1e} "
-            f"(max) over {len(difference)} tokens"
-        )
-        if not (mean <= bounds.max_mean_difference and worst <= bounds.max_difference):
-            raise RoleFailed(
-                f"self-check: generators and learner disagree on the same weights and tokens: mean "
-                f"{mean:.2g} (bound {bounds.max_mean_difference:g}), max {worst:.2g} (bound "
-                f"{bounds.max_difference:g}); same dtype on both sides? see self_check in the config"
-            )
-        return {"mean": mean, "max": worst}
+    # ---- its state
 
     @property
     def over(self) -> bool:
         return self.step == self.config.num_steps or self.stop.is_set()
 
-    async def start_over(self) -> None:
-        """Become the run that has not done its first step: with a learner that is new."""
-        self.supervisor.stream.cursor = 0
-        self._rewind(0, self.num_too_long)
-
-    async def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Become the run that wrote `checkpoint`."""
-        state = checkpoint.driver_state()
-        await self.learner.load(checkpoint.learner)
-        self.supervisor.stream.cursor = state["cursor"]
-        self.supervisor.ledger.restore(state["ledger"])
-        saved = pq.read_table(checkpoint.buffer)
-        self.supervisor.buffer.add(dict.fromkeys(keys_of(saved)), self.host.share(saved))
-        self.seconds = self.seconds or state["seconds"]
-        self._rewind(checkpoint.step, state["num_dropped"])
-        self.files.event("resumed", step=checkpoint.step)
-
-    def _rewind(self, step: int, num_dropped: int) -> None:
+    def rewind(self, step: int, num_dropped: int) -> None:
+        """Become the run that has done `step` steps, in its files and figures."""
         self.step = step
         self._refused_in_a_row = 0
         self.files.rewind(step, num_dropped)
         self.metrics.rewind(step)
         self.history.clear()
         self.evaluations = [one for one in self.evaluations if one.step <= step]
-
-    def _forgets_leases(self) -> bool:
-        """A synchronous run goes on at the last step's end: what is half rolled out is forgotten, and
-        comes again, the same, from the same cursor and seeds."""
-        return self.config.max_staleness == 0 and len(self.supervisor.ledger) > 0
-
-    def _driver_state(self) -> dict[str, Any]:
-        """What the driver needs to go on."""
-        supervisor = self.supervisor
-        cursor, num_dropped = supervisor.stream.cursor, self.files.num_dropped()
-        if self._forgets_leases():
-            cursor, num_dropped = self._boundary
-            ledger = supervisor.ledger.without_leases()
-        else:
-            ledger = supervisor.ledger.state()
-        return {
-            "cursor": cursor,
-            "ledger": ledger,
-            "num_dropped": num_dropped,
-            "seconds": self.seconds,
-            "config": self.config.model_dump(mode="json"),
-        }
 
     # ---- figures
 

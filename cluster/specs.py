@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors.rollout_worker import Scoring
 from cluster.config import RunConfig
 from cluster.doctor import Inputs
 from cluster.roles import RolloutSpec
@@ -19,9 +20,16 @@ def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
         reward=config.reward,
         probe_bound=config.self_check.probe,
         seed=config.seed,
-        score_together=config.max_staleness == 0,
+        scoring=_scoring(config),
+        finish_all=config.deterministic,
         log_file=logs / f"{name}.log",
     )
+
+
+def _scoring(config: RunConfig) -> Scoring:
+    if config.max_staleness == 0:
+        return "together"
+    return "each" if config.deterministic else "gathered"
 
 
 def learner_spec(config: RunConfig, inputs: Inputs) -> LearnerSpec:

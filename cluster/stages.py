@@ -9,14 +9,15 @@ from typing import Any
 
 from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
-from cluster.doctor import check_gpus, model_config, policy_config
+from cluster.gpus import check_gpus
 from cluster.learner_group import meet
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
+from cluster.model_folder import model_config, policy_config
 from cluster.placement import Host, InProcessHost, RayHost, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
-from cluster.summary import versions
+from cluster.versions import versions
 from reward_service.fast_import import fast_import
 from reward_service.pairs import read_pairs, read_reference
 

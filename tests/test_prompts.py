@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -143,9 +144,18 @@ def test_a_prompt_id_that_stands_twice_is_refused(load: Any, rows: list[Any]) ->
     assert str(rows[0]["prompt_id"]) in said
 
 
-@pytest.mark.parametrize("text", ["", None, 3, ["a"]])
+@pytest.mark.parametrize("text", ["", " \n", None, 3, ["a"]])
 def test_a_prompt_that_is_empty_or_no_text_names_its_row(load: Any, text: Any) -> None:
     assert "row 1: the prompt is empty" in refusal(load, [{"prompt": "a"}, {"prompt": text}])
+
+
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing_names_its_row(tmp_path: Path) -> None:
+    def forgetful(text: str) -> Any:
+        return SimpleNamespace(input_ids=[] if text == "\u200b" else [1])
+
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u200b"}])
+    with pytest.raises(ValueError, match="row 1: the prompt has no tokens"):
+        load_prompts(PromptsConfig(path=path), forgetful, ROOMY)
 
 
 def test_a_prompt_too_long_is_refused_with_its_length_and_the_remedy(load: Any) -> None:

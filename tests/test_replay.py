@@ -24,7 +24,7 @@ from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.trajectory import Prompt, keys_of, to_table
 from actors.weight_update import WeightUpdate
-from cluster import checkpoints, cli, replay_bundle
+from cluster import checkpoints, cli, replay_bundle, run_state
 from cluster.audit import audit
 from cluster.config import RunConfig, load_config
 from cluster.doctor import check_inputs
@@ -154,7 +154,7 @@ class Workshop:
         )
         await run.learner.start(files.folder)
         if found is not None:
-            await run.restore(found)
+            await run_state.restore(run, found)
         await run.learner.prepare_publish(None)
         await run.publish(run.step)
         await run.proved()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
 from actors.generator import GenerateRequest, GeneratorFailed
-from actors.rollout_worker import Dropped, RolloutWorker, sample_seed
+from actors.rollout_worker import Dropped, RolloutWorker, Scoring, sample_seed
 from actors.trajectory import Completion, Trajectory, from_table
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse, ScorerRaised
 from tests import tiny
@@ -57,6 +57,9 @@ class FakeEngine:
             )
         )
 
+    async def forget(self) -> None:
+        self.futures.clear()
+
     async def close(self) -> None:
         self.closed = True
 
@@ -88,13 +91,18 @@ def worker(
     *,
     samples: int = 2,
     together: bool = True,
+    scoring: Scoring | None = None,
     seed: int = 0,
 ) -> RolloutWorker:
     sampling = SamplingConfig(
         max_tokens=8, temperature=0.7, samples_per_prompt=samples, stop=("x",)
     )
     return RolloutWorker(
-        engine, rewards or FakeRewards(), sampling, seed=seed, score_together=together
+        engine,
+        rewards or FakeRewards(),
+        sampling,
+        seed=seed,
+        scoring=scoring or ("together" if together else "gathered"),
     )
 
 
@@ -342,3 +350,27 @@ async def test_closing_ends_what_is_under_way_and_the_engine() -> None:
     await asyncio.sleep(0)
     assert engine.closed
     assert await taken_from(rollouts, 0.01) == NOTHING
+
+
+async def test_scored_each_a_call_holds_one_prompt_whenever_others_end() -> None:
+    engine, rewards = FakeEngine(), FakeRewards()
+    rollouts = worker(engine, rewards, scoring="each")
+    await rollouts.submit([tiny.prompt(i) for i in range(3)])
+    await take_all(rollouts, 3)
+    assert rewards.calls == [[f"p{i}-e0-0", f"p{i}-e0-1"] for i in range(3)]
+
+
+async def test_a_reset_leaves_nothing_of_what_was_submitted() -> None:
+    engine = FakeEngine(at_once=False)
+    rollouts = worker(engine, together=False)
+    await rollouts.submit([tiny.prompt(i) for i in range(3)])
+    for name in ("p0-e0-0", "p0-e0-1", "p1-e0-0"):
+        engine.finish(name)
+    await asyncio.sleep(0)
+    await rollouts.reset()
+    assert await taken_from(rollouts, SOON_S) == NOTHING
+    await rollouts.submit([tiny.prompt(7)])
+    for name in ("p7-e0-0", "p7-e0-1"):
+        engine.finish(name)
+    taken = await taken_from(rollouts, NEVER_S)
+    assert [t.prompt_id for t in taken.trajectories] == ["p7", "p7"]

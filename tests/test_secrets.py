@@ -83,7 +83,7 @@ class TalkativeRole(RolloutWorker):
             client,
             spec.sampling,
             seed=spec.seed,
-            score_together=spec.score_together,
+            scoring=spec.scoring,
         )
 
 

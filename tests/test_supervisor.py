@@ -530,3 +530,20 @@ async def test_a_reset_forgets_every_prompt_here_and_there(make: Make) -> None:
     for worker in workers:
         worker.finish(*worker.out)
     assert await take(supervisor) == ["p0", "p1", "p2", "p3"]
+
+
+async def test_it_is_settled_when_nothing_older_than_the_proved_version_is_awaited(
+    make: Make,
+) -> None:
+    supervisor, workers = make(2, workers=1, staleness=1, by_itself=False)
+    await admit(supervisor, 0)
+    workers[0].finish("p0", "p1")
+    await take(supervisor)
+    await admit(supervisor, 1)  # p2 and p3 are of version 0, p4 and p5 of version 1
+    settled = asyncio.create_task(supervisor.settled())
+    workers[0].finish("p2", "p4")
+    await asyncio.sleep(5 * POLL_S)
+    assert not settled.done()
+    workers[0].finish("p3")
+    await asyncio.wait_for(settled, LONG_S)
+    assert [prompt.prompt_id for prompt in supervisor.ledger.outstanding()] == ["p5"]

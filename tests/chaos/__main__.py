@@ -1,4 +1,4 @@
-"""python -m tests.chaos [--seed N] [--share 0.1] [--only roles drivers ...]      (make chaos)
+"""python -m tests.chaos [--seed N] [--share 0.1] [--only roles drivers ...]      (make chaos, make soak)
 
 Injects faults into real runs (Ray, vLLM, FSDP), each at a random moment, and shows for each kind how
 often, after how many seconds it was noticed, and after how many all was well again. Every run must end
@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tests.chaos import calls, disk, drivers, roles, weights
+from tests.chaos import calls, disk, drivers, roles, soak, throughput, weights
 from tests.chaos.faults import Fault, Hang
 from tests.integration.conftest import made_workshop
 from tests.integration.runs import Workshop
@@ -31,7 +31,8 @@ ROLES = {
     "learner rank killed": 10,
     "learner rank stopped": 4,
 }
-SCENARIOS = ("roles", "drivers", "calls", "weights", "disk")
+SCENARIOS = ("roles", "drivers", "drivers_async", "calls", "weights", "disk")
+LONG = ("throughput", "soak")  # measure; they are run by name only
 
 
 class Chaos:
@@ -40,6 +41,7 @@ class Chaos:
         self._rng = rng
         self._share = share
         self.faults: list[Fault] = []
+        self.figures: dict[str, float] = {}
         self.hangs = self.unproved = self.lost = self.doubled = 0
 
     def run(self, scenario: str) -> None:
@@ -58,8 +60,14 @@ class Chaos:
         return faults
 
     def _drivers(self) -> list[Fault]:
-        faults = drivers.run(self._shop, self._rng, self._number(20))
-        self._audit("chaos-killed")
+        return self._driver_kills("synchronous", drivers.SYNCHRONOUS)
+
+    def _drivers_async(self) -> list[Fault]:
+        return self._driver_kills("asynchronous", drivers.ASYNCHRONOUS)
+
+    def _driver_kills(self, mode: str, changes: dict[str, Any]) -> list[Fault]:
+        faults = drivers.run(self._shop, self._rng, mode, changes, self._number(20))
+        self._audit(drivers.killed(mode))
         return faults
 
     def _calls(self) -> list[Fault]:
@@ -83,6 +91,15 @@ class Chaos:
         run_dir = self._shop.runs / "chaos-disk"
         return disk.run(run_dir, self._shop.folder, self._rng, self._number(60))
 
+    def _throughput(self) -> list[Fault]:
+        self.figures |= throughput.run(self._shop, self._rng)
+        self._audit("chaos-throughput")
+        return []
+
+    def _soak(self) -> list[Fault]:
+        self.figures |= soak.run(self._shop)
+        return []
+
     def _number(self, full: int) -> int:
         return max(1, round(full * self._share))
 
@@ -103,7 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the number of faults")
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=SCENARIOS)
+    parser.add_argument("--only", nargs="+", choices=[*SCENARIOS, *LONG], default=SCENARIOS)
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="raylign-chaos-") as folder:
@@ -119,6 +136,7 @@ def main() -> None:
         "unproved": chaos.unproved,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "seed": options.seed,
+        **chaos.figures,
     }
     print(json.dumps(figures))
     sys.exit(any(figures[name] for name in ("hangs", "lost", "doubled", "unproved")))

@@ -7,6 +7,7 @@ import random
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -17,32 +18,52 @@ RUN_S = 1500.0
 STEPS = 40
 
 
-def run(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
-    straight = _config(shop, "chaos-straight")
-    done = shop.command("train", str(straight))
+SYNCHRONOUS: dict[str, Any] = {}
+SMALL = {"max_model_len": 64, "max_num_seqs": 8, "kv_cache_bytes": 1 << 25}
+ASYNCHRONOUS = {
+    "max_staleness": 1,
+    "deterministic": True,
+    "generators": {"count": 1, **SMALL},
+    "learner": {"ranks": 1, "timeout_s": 120},
+}
+
+
+def run(
+    shop: Workshop, rng: random.Random, mode: str, changes: dict[str, Any], count: int
+) -> list[Fault]:
+    """`changes` to the config make the mode."""
+    done = shop.command("train", str(_config(shop, f"chaos-{mode}-straight", changes)))
     if done.returncode:
         raise Hang(done.stdout + done.stderr)
-    faults = _killed(shop, rng, count)
-    for name in ("policy", "learner", "ledger"):
-        if _state(shop, "chaos-straight", name) != _state(shop, "chaos-killed", name):
-            raise AssertionError(f"{name} of the run that was killed is another")
+    faults = _killed(shop, rng, mode, changes, count)
+    for part in ("policy", "learner", "ledger"):
+        if _state(shop, f"chaos-{mode}-straight", part) != _state(shop, killed(mode), part):
+            raise AssertionError(f"{mode}: {part} of the run that was killed is another")
     return faults
 
 
-def _config(shop: Workshop, name: str) -> Path:
+def killed(mode: str) -> str:
+    """The name of the run that is killed."""
+    return f"chaos-{mode}-killed"
+
+
+def _config(shop: Workshop, name: str, changes: dict[str, Any]) -> Path:
     scorer = {"kind": "function", "function": "examples.support_replies.judge:score"}
-    return shop.config(
-        name=name,
-        num_steps=STEPS,
-        reward={"scorer": scorer},
-        evaluation=None,
-        checkpoint={"every": 1, "keep": 2},
-    )
+    given = {
+        "name": name,
+        "num_steps": STEPS,
+        "reward": {"scorer": scorer},
+        "evaluation": None,
+        "checkpoint": {"every": 1, "keep": 2},
+    }
+    return shop.config(**(given | changes))
 
 
-def _killed(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
-    config, run_dir = _config(shop, "chaos-killed"), shop.runs / "chaos-killed"
-    log = shop.folder / "chaos-killed.log"
+def _killed(
+    shop: Workshop, rng: random.Random, mode: str, changes: dict[str, Any], count: int
+) -> list[Fault]:
+    config, run_dir = _config(shop, killed(mode), changes), shop.runs / killed(mode)
+    log = shop.folder / f"{killed(mode)}.log"
     process = shop.start("train", str(config), "--max-restarts", str(count), log=log)
     faults: list[Fault] = []
     deadline = time.monotonic() + RUN_S
@@ -55,7 +76,7 @@ def _killed(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
             _driver(process, deadline, other_than=driver.pid)
             noticed = time.time()
             back = _moved(run_dir, struck, process, deadline)
-            faults.append(Fault("driver killed", noticed - struck, back - struck))
+            faults.append(Fault(f"driver killed, {mode}", noticed - struck, back - struck))
         if process.wait(max(1.0, deadline - time.monotonic())) != 0:
             raise Hang(f"the run ended with {process.returncode}")
     except subprocess.TimeoutExpired:
@@ -112,6 +133,8 @@ def _state(shop: Workshop, name: str, part: str) -> object:
     folder = max((shop.runs / name / "checkpoints").glob("step-*[0-9]"))
     if part == "ledger":
         state = json.loads((folder / "driver.json").read_text())
+        for lease in state["ledger"]["leases"]:
+            del lease["finished"]  # how far a prompt is that is out is a matter of timing
         return {key: state[key] for key in ("cursor", "ledger", "num_dropped")}
     keys = None if part == "learner" else {"policy"}
     reader = FileSystemReader(str(folder / "learner"))

@@ -1,0 +1,99 @@
+"""What a Hugging Face folder must be, told from its config and tokenizer, never its weights.
+
+Each refusal is a ValueError of one line: what, where, the fix.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from actors.config import GeneratorsConfig
+from actors.prompts import load_tokenizer
+from learner.model_limits import refuse_dropout
+
+
+def model_config(folder: str, key: str) -> dict[str, Any]:
+    """config.json of a Hugging Face folder; ValueError if the folder is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{key}: {folder}: no config.json there; give a Hugging Face folder (did the stage "
+            "before run?)"
+        )
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(f"{key}: {folder}: no .safetensors there; raylign loads no other weights")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{key}: {path}: not JSON ({error}); copy the model again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
+        raise ValueError(f"{key}: {path}: no vocab_size in it; give a text-only causal model")
+    return config
+
+
+def policy_config(folder: str, key: str) -> dict[str, Any]:
+    """`model_config` of a model that the learner trains or compares with: it must compute it exactly."""
+    config = model_config(folder, key)
+    refuse_dropout(f"{key}: {folder}", config)
+    return config
+
+
+def same_vocabulary(policy: str, other: str, key: str) -> None:
+    """ValueError unless both folders' tokenizers have the same tokens under the same ids."""
+    model_config(other, key)
+    ours, theirs = load_tokenizer(policy).get_vocab(), load_tokenizer(other).get_vocab()
+    if ours != theirs:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise ValueError(
+            f"{key}: {other}: its tokenizer is not the policy's ({differing} entries differ, {len(theirs)} "
+            f"against {len(ours)} tokens); give a model with the tokenizer of {policy}"
+        )
+
+
+def check_tokenizer(folder: str, tokenizer: Any, model: dict[str, Any]) -> None:
+    if len(tokenizer) > model["vocab_size"]:
+        raise ValueError(
+            f"policy: {folder}: its tokenizer has {len(tokenizer)} tokens, its model {model['vocab_size']}; "
+            "give a model with its own tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"policy: {folder}: its tokenizer has no eos_token; completions could not end"
+        )
+
+
+def check_context(generators: GeneratorsConfig, model: dict[str, Any]) -> None:
+    longest = model.get("max_position_embeddings")
+    if longest is not None and generators.max_model_len > longest:
+        raise ValueError(
+            f"generators.max_model_len: {generators.max_model_len} is above the policy's "
+            f"max_position_embeddings {longest}; set it to {longest} or less"
+        )
+
+
+def check_positions(folder: str, key: str, longest: int) -> None:
+    """ValueError if a model that reads the policy's tokens has no place for `longest` of them."""
+    positions = model_config(folder, key).get("max_position_embeddings")
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"{key}: {folder}: max_position_embeddings is {positions}, a prompt and its completion may "
+            f"have {longest} tokens; lower sampling.max_tokens by {longest - positions}"
+        )
+
+
+def check_heads(generators: GeneratorsConfig, model: dict[str, Any]) -> None:
+    """vLLM gives each GPU of an engine equally many heads."""
+    given, heads = generators.tensor_parallel_size, model.get("num_attention_heads", 0)
+    keys = model.get("num_key_value_heads") or heads
+
+    def divides(size: int) -> bool:
+        return heads % size == 0 and max(keys, size) % min(keys, size) == 0
+
+    if heads and not divides(given):
+        nearest = next(size for size in range(min(given, heads), 0, -1) if divides(size))
+        raise ValueError(
+            f"generators.tensor_parallel_size: {given} does not divide the policy's {heads} attention "
+            f"heads ({keys} of keys and values); nearest: {nearest}"
+        )
