@@ -40,7 +40,8 @@ from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter
-from cluster.placement import Member, RayHost
+from cluster.placement import Member
+from cluster.ray_host import RayHost
 from cluster.run import Run
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor

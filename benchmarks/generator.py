@@ -31,7 +31,8 @@ from cluster.config import RunConfig, load_config
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
-from cluster.placement import Member, RayHost
+from cluster.placement import Member
+from cluster.ray_host import RayHost
 from cluster.roles import LearnerRole, RewardRole, RolloutRole
 from cluster.specs import learner_spec, rollout_spec
 from cluster.supervisor import Supervisor

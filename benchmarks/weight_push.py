@@ -37,7 +37,8 @@ from benchmarks.contenders import Job, trajectories
 from cluster.config import RunConfig
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
-from cluster.placement import Member, RayHost, ask
+from cluster.placement import Member, ask
+from cluster.ray_host import RayHost
 from cluster.roles import LearnerRole, RewardRole, RolloutRole
 from cluster.specs import learner_spec, rollout_spec
 from learner.learner_spec import LEARNER_ENV, LearnerSpec, Rendezvous

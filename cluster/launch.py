@@ -44,7 +44,8 @@ from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.memory import checkpoint_bytes
 from cluster.metrics import MetricsWriter, RayMetricsSink
-from cluster.placement import Host, InProcessHost, Member, RayHost
+from cluster.placement import Host, InProcessHost, Member
+from cluster.ray_host import RayHost
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles

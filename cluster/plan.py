@@ -23,7 +23,8 @@ from cluster.doctor import Inputs, longest_sequence
 from cluster.fit import available_bytes, host_total
 from cluster.gpus import check_gpus, gpu_bytes, gpus_in_words, gpus_of
 from cluster.memory import ITEM, Need, checkpoint_bytes, microbatches, needs
-from cluster.placement import Host, RayHost
+from cluster.placement import Host
+from cluster.ray_host import RayHost
 from cluster.redaction import printable
 from cluster.shapes import read_shapes
 from cluster.versions import versions

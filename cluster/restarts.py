@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from cluster.placement import stack_of
+from cluster.processes import stack_of
 
 CHECK_S = 1.0
 HEARTBEAT_S = 60.0  # a driver that has not beaten for so long does nothing any more

@@ -14,7 +14,8 @@ from cluster.learner_group import meet
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
 from cluster.model_folder import model_config, policy_config
-from cluster.placement import Host, InProcessHost, RayHost, ask
+from cluster.placement import Host, InProcessHost, ask
+from cluster.ray_host import RayHost
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.versions import versions

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cluster import checkpoints, cli, launch, placement, stages, versions
+from cluster import checkpoints, cli, launch, ray_host, stages, versions
 from tests import tiny
 from tests.bad_configs import CASES, Case, World
 
@@ -96,7 +96,7 @@ def of_case(case: Case) -> Kind:
 
 def with_the_real_ray(world: World, patch: pytest.MonkeyPatch) -> list[str]:
     """It is asked, and refuses before ray.init."""
-    patch.setattr(launch, "RayHost", placement.RayHost)
+    patch.setattr(launch, "RayHost", ray_host.RayHost)
     return ["train", run_config(world, {"ray_address": "127.0.0.1:1"})]
 
 

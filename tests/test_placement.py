@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster import placement
+from cluster import ray_host
 from cluster.config import BadInput
 from cluster.placement import InProcessHost, Member, RoleFailed, ask, ask_beside
 
@@ -128,7 +128,7 @@ def test_an_address_where_nothing_answers_is_bad_input_at_once(address: str) -> 
         port = unused.getsockname()[1]
     started = time.monotonic()
     with pytest.raises(BadInput, match="ray_address"):
-        placement._probe(address.format(port=port))
+        ray_host._probe(address.format(port=port))
     assert time.monotonic() - started < 6
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.placement import Member, RayHost, RoleFailed, ask, ask_beside
+from cluster.placement import Member, RoleFailed, ask, ask_beside
+from cluster.ray_host import RayHost
 
 LARGE = 300_000  # beyond what Ray sends along with the answer: it lies in the object store
 

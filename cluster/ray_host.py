@@ -1,0 +1,175 @@
+"""Ray actors: how they are started, found, ended and looked into."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.config import BadInput
+from cluster.placement import Member, RoleFailed, ask
+from cluster.processes import kill_worker, stack_of
+
+PLACEMENT_TIMEOUT_S = 60.0
+
+
+class RayHost:
+    """Ray actors, in one namespace a run. Ray itself restarts only what is told so: its restarts hide a
+    death for seconds, and bring back no state."""
+
+    def __init__(self, address: str | None, namespace: str) -> None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            # Read when ray is imported. Without it Ray takes the machine's outer address for its
+            # own, whatever address it is given, and listens on every interface.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        import ray
+
+        self._ray = ray
+        self._groups: dict[str, Any] = {}  # placement groups, by the member's name
+        self._places: dict[str, Any] = {}  # references to (node, pid), by the member's name
+        common: dict[str, Any] = {
+            "namespace": namespace,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if address is None:
+            # A Ray of our own: loopback only, without the dashboard, which costs seconds to start.
+            ray.init(
+                address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **common
+            )
+        else:
+            _probe(address)
+            ray.init(address=address, **common)
+
+    def start(
+        self,
+        name: str,
+        kind: type,
+        *args: Any,
+        env: Mapping[str, str],
+        gpus: float = 0,
+        max_restarts: int = 0,
+    ) -> Member:
+        env = dict(env) if gpus else {**env, "CUDA_VISIBLE_DEVICES": ""}
+        options: dict[str, Any] = {
+            "name": name,
+            "num_cpus": 0,
+            "num_gpus": gpus,
+            "max_restarts": max_restarts,
+            "runtime_env": {
+                "env_vars": {**env, "PYTHONPATH": _python_path(), "RAYLIGN_HOME": os.getcwd()}
+            },
+        }
+        if gpus:
+            options["scheduling_strategy"] = self._bundle(name, gpus)
+        handle = self._ray.remote(kind).options(**options).remote(*args)
+        member = Member(name, handle)
+        self.locate(member)
+        return member
+
+    def locate(self, member: Member) -> None:
+        """Ask the member where it runs, for `kill` and `stack`; again after Ray restarted it."""
+        self._places[member.name] = member.handle.__ray_call__.remote(_place)
+
+    def _bundle(self, name: str, gpus: float) -> Any:
+        """A placement group of its own: one that cannot be had is an error in words, not a wait."""
+        from ray.util.placement_group import placement_group, placement_group_table
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = placement_group([{"GPU": gpus}], strategy="STRICT_PACK")
+        if not group.wait(PLACEMENT_TIMEOUT_S):
+            state = placement_group_table(group).get("stats", {}).get("scheduling_state", "PENDING")
+            free = self._ray.available_resources().get("GPU", 0)
+            raise RoleFailed(f"{name}: no place for {gpus:g} GPUs ({state}; {free:g} are free)")
+        self._groups[name] = group
+        return PlacementGroupSchedulingStrategy(group)
+
+    def num_gpus(self) -> float:
+        return self._ray.cluster_resources().get("GPU", 0.0)
+
+    def share(self, value: Any) -> Any:
+        return self._ray.put(value)
+
+    async def same_machine(self, members: list[Member]) -> bool:
+        if len([node for node in self._ray.nodes() if node["Alive"]]) == 1:
+            return True
+        nodes = [member.handle.__ray_call__.remote(_node_id) for member in members]
+        found = await asyncio.wait_for(asyncio.gather(*nodes), PLACEMENT_TIMEOUT_S)
+        return len(set(found)) == 1
+
+    async def stop(self, members: list[Member]) -> None:
+        closings = [ask(member, member.handle.close, within=10.0) for member in members]
+        await asyncio.gather(*closings, return_exceptions=True)
+        for member in members:
+            self.kill(member)
+
+    def kill(self, member: Member, *, restart: bool = False) -> None:
+        node, pid = self._where(member)
+        self._ray.kill(member.handle, no_restart=not restart)
+        if node == self._here():
+            kill_worker(pid)  # a process that is stopped does not hear Ray
+        if not restart and (group := self._groups.pop(member.name, None)) is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            remove_placement_group(group)
+
+    async def stack(self, member: Member) -> str:
+        node, pid = self._where(member)
+        if node == self._here():
+            return await stack_of(pid)
+        return f"process {pid} on node {node}" if node else ""
+
+    def _where(self, member: Member) -> tuple[str, int]:
+        """(node, pid), or ("", 0) of one that never came so far as to say."""
+        try:
+            where: tuple[str, int] = self._ray.get(self._places[member.name], timeout=0.1)
+            return where
+        except Exception:
+            return "", 0
+
+    def _here(self) -> str:
+        node: str = self._ray.get_runtime_context().get_node_id()
+        return node
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+def _place(_: Any) -> tuple[str, int]:
+    """Runs inside an actor: (node, pid)."""
+    return _node_id(_), os.getpid()
+
+
+def _node_id(_: Any) -> str:
+    """Runs inside an actor."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def _python_path() -> str:
+    """Actors import what this process imports, wherever their raylet was started."""
+    code = Path(__file__).resolve().parents[1]
+    paths = [str(code), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(filter(None, paths)))
+
+
+def _probe(address: str) -> None:
+    """Refuse a dead address at once: Ray itself would retry for minutes."""
+    import socket
+
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError):
+        raise BadInput(
+            f"ray_address: nothing answers at {address}; start Ray there (ray start --head) or correct it"
+        ) from None
