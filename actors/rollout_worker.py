@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -22,13 +21,13 @@ import pyarrow as pa
 
 from actors.config import SamplingConfig
 from actors.generator import GenerateRequest
+from actors.scored import Dropped, Rewards, Sample, Scored, score, score_request
 from actors.trajectory import Completion, Key, Prompt, Trajectory, to_table, trajectory_id
 from actors.weight_update import WeightLayout, WeightUpdate
-from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
+from reward_service.api import ScoreRequest
 
 # Seconds. A call to the reward service costs this process milliseconds that its engine needs.
 GATHER_S = 0.05
-
 
 Scoring = Literal["together", "each", "gathered"]
 
@@ -48,19 +47,6 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-class Rewards(Protocol):
-    async def score(self, requests: list[ScoreRequest]) -> list[ScoreResponse | ScoreFailure]: ...
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A prompt that will not be trained, and why."""
-
-    prompt_id: str
-    epoch: int
-    reason: str
-
-
 @dataclass(frozen=True)
 class Rollouts:
     """What has become complete: whole prompts, and prompts given up."""
@@ -70,12 +56,6 @@ class Rollouts:
 
     def __bool__(self) -> bool:
         return bool(self.finished or self.dropped)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    trajectories: list[Trajectory]
-    dropped: list[Dropped]
 
 
 class RolloutWorker:
@@ -99,9 +79,9 @@ class RolloutWorker:
         self._sampling = sampling
         self._seed = seed
         self._scoring = scoring
-        self._finished: asyncio.Queue[_Scored | BaseException] = asyncio.Queue()
+        self._finished: asyncio.Queue[Scored | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sampled: list[tuple[Prompt, int, Completion]] = []  # to be scored with the next call
+        self._sampled: list[Sample] = []  # to be scored with the next call
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._engine.name})"
@@ -173,7 +153,7 @@ class RolloutWorker:
         ]
         completions = await asyncio.gather(*await self._engine.generate(requests))
         return [
-            (_score_request(request.request_id, prompt, completion), completion)
+            (score_request(request.request_id, prompt, completion), completion)
             for request, prompt, completion in zip(requests, prompts, completions, strict=True)
         ]
 
@@ -238,73 +218,17 @@ class RolloutWorker:
             return
         await self._finish(samples)
 
-    async def _finish(self, samples: list[tuple[Prompt, int, Completion]]) -> None:
+    async def _finish(self, samples: list[Sample]) -> None:
         try:
-            self._finished.put_nowait(await self._score(samples))
+            scored = await score(
+                self._rewards,
+                samples,
+                temperature=self._sampling.temperature,
+                generator_id=self._engine.name,
+            )
+            self._finished.put_nowait(scored)
         except Exception as error:  # handed to whoever takes, who decides; never lost in a task
             self._finished.put_nowait(error)
-
-    async def _score(self, samples: list[tuple[Prompt, int, Completion]]) -> _Scored:
-        started = time.time()
-        scored = await self._rewards.score(
-            [_score_request(trajectory_id(p.prompt_id, p.epoch, n), p, c) for p, n, c in samples]
-        )
-        seconds = time.time() - started
-        failed = {
-            (prompt.prompt_id, prompt.epoch): outcome.reason
-            for (prompt, _, _), outcome in zip(samples, scored, strict=True)
-            if isinstance(outcome, ScoreFailure)
-        }
-        trajectories = [
-            self._trajectory(prompt, number, completion, outcome, seconds)
-            for (prompt, number, completion), outcome in zip(samples, scored, strict=True)
-            if isinstance(outcome, ScoreResponse) and (prompt.prompt_id, prompt.epoch) not in failed
-        ]
-        return _Scored(trajectories, [Dropped(*key, reason) for key, reason in failed.items()])
-
-    def _trajectory(
-        self,
-        prompt: Prompt,
-        number: int,
-        completion: Completion,
-        response: ScoreResponse,
-        score_s: float,
-    ) -> Trajectory:
-        return Trajectory(
-            trajectory_id=response.trajectory_id,
-            prompt_id=prompt.prompt_id,
-            sample_index=number,
-            epoch=prompt.epoch,
-            prompt_ids=prompt.ids,
-            completion_ids=completion.ids,
-            behavior_logprobs=completion.logprobs,
-            policy_version=completion.spans[0][0],
-            policy_version_max=completion.spans[-1][0],
-            version_spans=completion.spans,
-            prompt=prompt.text,
-            completion=completion.text,
-            finish_reason=completion.finish_reason,
-            score=response.score,
-            score_parts=response.parts,
-            temperature=self._sampling.temperature,
-            generator_id=self._engine.name,
-            generated_at=time.time(),
-            generate_s=completion.generate_s,
-            score_s=score_s,
-        )
-
-
-def _score_request(name: str, prompt: Prompt, completion: Completion) -> ScoreRequest:
-    return ScoreRequest(
-        trajectory_id=name,
-        prompt=prompt.text,
-        completion=completion.text,
-        prompt_ids=prompt.ids,
-        completion_ids=completion.ids,
-        finish_reason=completion.finish_reason,
-        answer=prompt.answer,
-        metadata=prompt.metadata,
-    )
 
 
 def sample_seed(run_seed: int, prompt: Prompt, sample: int) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from actors.rollout_worker import Dropped
+from actors.scored import Dropped
 from actors.trajectory import Key
 
 

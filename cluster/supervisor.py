@@ -21,7 +21,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from actors.prompts import PromptStream
-from actors.rollout_worker import Dropped, Rollouts
+from actors.rollout_worker import Rollouts
+from actors.scored import Dropped
 from actors.trajectory import Key, Prompt
 from actors.weight_update import WeightUpdate
 from cluster.generator_group import GeneratorGroup, Lost, Replacement

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
 from actors.generator import GenerateRequest, GeneratorFailed
-from actors.rollout_worker import Dropped, RolloutWorker, Scoring, sample_seed
+from actors.rollout_worker import RolloutWorker, Scoring, sample_seed
+from actors.scored import Dropped
 from actors.trajectory import Completion, Trajectory, from_table
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse, ScorerRaised
 from tests import tiny

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.rollout_worker import Dropped
+from actors.scored import Dropped
 from cluster.checkpoints import run_id
 from cluster.config import BadInput, RunConfig, load_config
 from cluster.dropped import rolled_out, too_long

