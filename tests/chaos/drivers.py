@@ -15,7 +15,7 @@ from tests.chaos.faults import Fault, Hang
 from tests.integration.runs import Workshop, read_lines
 
 RUN_S = 1500.0
-STEPS = 40
+STEPS = 100  # many more than there are kills, or it would end before the last
 
 
 SYNCHRONOUS: dict[str, Any] = {}
@@ -71,12 +71,16 @@ def _killed(
         while len(faults) < count and process.poll() is None:
             driver = _driver(process, deadline)
             _wait_for_moment(driver, run_dir, rng)
+            if process.poll() is not None:
+                break
             struck = time.time()
             driver.kill()
             _driver(process, deadline, other_than=driver.pid)
             noticed = time.time()
             back = _moved(run_dir, struck, process, deadline)
             faults.append(Fault(f"driver killed, {mode}", noticed - struck, back - struck))
+        if len(faults) < count:
+            raise Hang(f"it ended after {len(faults)} kills of {count}")
         if process.wait(max(1.0, deadline - time.monotonic())) != 0:
             raise Hang(f"the run ended with {process.returncode}")
     except subprocess.TimeoutExpired:
