@@ -85,9 +85,13 @@ def begin(run_dir: Path, step: int, needed_bytes: int = 0) -> Path:
 
 
 def commit(aside: Path, step: int, keep: int) -> Checkpoint:
-    """Seal it, then remove all but the newest `keep`."""
+    """Seal it, then remove all but the newest `keep`. What is of later steps was passed over by a resume
+    and is no part of this run any more."""
     final = seal(aside, step)
-    for old in _folders(final.parent)[:-keep]:
+    written = _folders(final.parent)
+    withdrawn = [folder for folder in written if _step(folder) > step]
+    earlier = written[: written.index(final)]
+    for old in [*withdrawn, *earlier[: max(0, len(earlier) + 1 - keep)]]:
         with contextlib.suppress(OSError):
             shutil.rmtree(_out_of_the_way(old))
     return Checkpoint(final, step)

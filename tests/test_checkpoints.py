@@ -273,6 +273,17 @@ def test_a_run_that_was_moved_or_copied_keeps_its_checkpoints(run: Path, tmp_pat
 # ---- the old one goes when the new one has come
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(1, [6]), (2, [3, 6]), (3, [0, 3, 6]), (4, [0, 3, 6])])
+def test_those_of_later_steps_go_since_a_resume_passed_them_over(
+    tmp_path: Path, keep: int, kept: list[int]
+) -> None:
+    for step in (0, 3, 9, 12):
+        write(tmp_path, step)
+    write(tmp_path, 6, keep=keep)
+    left = sorted((tmp_path / "checkpoints").glob("step-*"))
+    assert [int(folder.name.removeprefix("step-")) for folder in left] == kept
+
+
 def test_one_of_the_same_step_stays_if_the_new_one_cannot_take_its_name(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
