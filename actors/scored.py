@@ -43,15 +43,14 @@ async def score(
     )
     seconds = time.time() - started
     failed = {
-        (prompt.prompt_id, prompt.epoch): outcome.reason
+        prompt.key: outcome.reason
         for (prompt, _, _), outcome in zip(samples, scored, strict=True)
         if isinstance(outcome, ScoreFailure)
     }
     trajectories = [
         _trajectory(sample, outcome, seconds, temperature, generator_id)
         for sample, outcome in zip(samples, scored, strict=True)
-        if isinstance(outcome, ScoreResponse)
-        and (sample[0].prompt_id, sample[0].epoch) not in failed
+        if isinstance(outcome, ScoreResponse) and sample[0].key not in failed
     ]
     return Scored(trajectories, [Dropped(*key, reason) for key, reason in failed.items()])
 

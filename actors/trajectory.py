@@ -63,6 +63,10 @@ class Prompt:
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def key(self) -> Key:
+        return self.prompt_id, self.epoch
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

@@ -11,16 +11,14 @@ import asyncio
 import contextlib
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from cluster import checkpoints, run_state
+from cluster.fit import SHARED_MEMORY
 from cluster.learner_group import LearnerLost
 from cluster.placement import RoleFailed
 from cluster.run import Run
 from cluster.self_check import self_check
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 async def bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.generator import GeneratorFailed
 from actors.trajectory import Prompt
 from actors.weight_update import BaseMissing, WeightLayout, WeightsRejected, WeightUpdate
-from cluster.placement import Host, Member, RoleFailed, ask
+from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
 
-START_TIMEOUT_S = 600.0
+Asked = TypeVar("Asked")
 MENDED = (GeneratorFailed, WeightsRejected)  # raised by a generator that samples nothing any more
 
 
@@ -104,10 +104,17 @@ class GeneratorGroup:
         try:
             return await answer
         except RoleFailed as error:
-            if not self._mends(error):
-                raise
-            self.lose(place, member, error)
-            raise Lost(str(error)) from error
+            failure = self.given_up(place, member, error)
+            if failure is error:
+                raise  # and not "from" itself
+            raise failure from error
+
+    def given_up(self, place: int, member: Member, error: RoleFailed) -> Lost | RoleFailed:
+        """What to raise of a failure: Lost, and so it is, if a new generator mends it."""
+        if not self._mends(error):
+            return error
+        self.lose(place, member, error)
+        return Lost(str(error))
 
     def _mends(self, error: RoleFailed) -> bool:
         broken = error.kind in ("died", "silent") or isinstance(error.cause, MENDED)
@@ -117,11 +124,8 @@ class GeneratorGroup:
         """The answer of each that is there, by name."""
         places = self.present()
         names = [self.members[place].name for place in places]
-        answers = await asyncio.gather(
-            *(self.ask(place, method, *args, within=within) for place in places),
-            return_exceptions=True,
-        )
-        return _answered(names, answers)
+        calls = (self.ask(place, method, *args, within=within) for place in places)
+        return _answered(names, await asyncio.gather(*calls, return_exceptions=True))
 
     async def started(self) -> list[dict[str, Any]]:
         """Once all have loaded. Whoever fails here fails the run: it would fail again."""
@@ -134,7 +138,7 @@ class GeneratorGroup:
         left = list(range(len(prompts)))
         while left:
             places = self.present() or [await self._anyone()]
-            shares = [left[i :: len(places)] for i in range(len(places))]
+            shares = {place: left[i :: len(places)] for i, place in enumerate(places)}
             calls = (
                 self.ask(
                     place,
@@ -144,16 +148,12 @@ class GeneratorGroup:
                     seed,
                     within=self._timeout_s,
                 )
-                for place, share in zip(places, shares, strict=True)
+                for place, share in shares.items()
             )
-            for share, answer in zip(
-                shares, await asyncio.gather(*calls, return_exceptions=True), strict=True
-            ):
-                if isinstance(answer, BaseException) and not isinstance(answer, Lost):
-                    raise answer
-                if not isinstance(answer, Lost):
-                    for i, one in zip(share, answer, strict=True):
-                        answers[i] = one
+            drawn = _answered(places, await asyncio.gather(*calls, return_exceptions=True))
+            for place, completions in drawn.items():
+                for i, completion in zip(shares[place], completions, strict=True):
+                    answers[i] = completion
             left = [i for i in left if answers[i] is None]
         return answers
 
@@ -187,10 +187,8 @@ class GeneratorGroup:
                 if self._versions.get(self.members[place].name) != update.version
             ]
             names = [self.members[place].name for place in places]
-            answers = await asyncio.gather(
-                *(self._receive(place, shared) for place in places), return_exceptions=True
-            )
-            proofs = _answered(names, answers)
+            calls = (self._receive(place, shared) for place in places)
+            proofs = _answered(names, await asyncio.gather(*calls, return_exceptions=True))
             self._versions |= dict.fromkeys(proofs, update.version)
         return proofs
 
@@ -260,9 +258,9 @@ class GeneratorGroup:
             self._versions[member.name] = update.version
 
 
-def _answered(names: list[str], answers: list[Any]) -> dict[str, Any]:
-    """Those that are answers. Raises the first that is an error but Lost."""
+def _answered(asked: Sequence[Asked], answers: Sequence[Any]) -> dict[Asked, Any]:
+    """The answers of those that were not lost meanwhile. Raises the first that is another error."""
     for answer in answers:
         if isinstance(answer, BaseException) and not isinstance(answer, Lost):
             raise answer
-    return {n: a for n, a in zip(names, answers, strict=True) if not isinstance(a, Lost)}
+    return {a: b for a, b in zip(asked, answers, strict=True) if not isinstance(b, Lost)}

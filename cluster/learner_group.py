@@ -12,11 +12,10 @@ import numpy as np
 
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.metrics import reduce_ranks
-from cluster.placement import Host, Member, RoleFailed, ask
+from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
 from learner.learner_spec import Rendezvous, StepRefused
 from learner.trajectory_buffer import Batch
 
-START_TIMEOUT_S = 600.0
 SETTLE_S = 2.0
 
 

@@ -49,7 +49,7 @@ class Ledger:
         return (version + 1 + self.max_staleness) * self._per_step - self.num_leased
 
     def lease(self, prompt: Prompt, version: int) -> None:
-        key = (prompt.prompt_id, prompt.epoch)
+        key = prompt.key
         assert key not in self._leases, f"{key} is out already"
         self._leases[key] = Lease(prompt, self._next_number, version)
         self._next_number += 1
@@ -141,6 +141,6 @@ class Ledger:
         self.num_dropped = state["num_dropped"]
         for saved in sorted(state["leases"], key=lambda lease: lease["number"]):
             prompt = Prompt(**{**saved["prompt"], "ids": tuple(saved["prompt"]["ids"])})
-            self._leases[prompt.prompt_id, prompt.epoch] = Lease(**{**saved, "prompt": prompt})
+            self._leases[prompt.key] = Lease(**{**saved, "prompt": prompt})
             self._num_finished += saved["finished"]
             self._next_number = saved["number"] + 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+START_TIMEOUT_S = 600.0  # for a role to load its models
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "RayActorError")  # Ray's, by name
 
 

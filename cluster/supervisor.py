@@ -138,7 +138,7 @@ class Supervisor:
             heapq.heapreplace(by_load, (load + 1, place))
             shares.setdefault(place, []).append(prompt)
             self._load[place] = load + 1
-            self._holder[prompt.prompt_id, prompt.epoch] = place
+            self._holder[prompt.key] = place
         await asyncio.gather(*(self._hand_over(*share) for share in sorted(shares.items())))
 
     async def _hand_over(self, place: int, prompts: list[Prompt]) -> None:
@@ -179,12 +179,10 @@ class Supervisor:
     def _take_back(self, place: int) -> list[Prompt]:
         """The prompts that are out there, in the order of their leases."""
         prompts = [
-            prompt
-            for prompt in self.ledger.outstanding()
-            if self._holder.get((prompt.prompt_id, prompt.epoch)) == place
+            prompt for prompt in self.ledger.outstanding() if self._holder.get(prompt.key) == place
         ]
         for prompt in prompts:
-            self._release((prompt.prompt_id, prompt.epoch))
+            self._release(prompt.key)
         return prompts
 
     async def _poll(self, place: int) -> None:
@@ -216,7 +214,7 @@ class Supervisor:
                 silent = RoleFailed(
                     f"{member.name}: no completion for {self._timeout_s:g} s", kind="silent"
                 )
-                await self.group.or_lost(place, member, _raised(silent))
+                raise self.group.given_up(place, member, silent)
 
     def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
         self.buffer.add(rollouts.finished, chunk)
@@ -277,10 +275,6 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _raised(error: RoleFailed) -> Any:
-    raise error
 
 
 def _ended_well(task: asyncio.Task[Any]) -> bool:

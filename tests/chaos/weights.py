@@ -17,6 +17,7 @@ import numpy as np
 from actors.vllm_engine import CPU_ENGINE_ENV
 from actors.weight_update import WeightsRejected, WeightUpdate
 from tests.chaos.faults import Fault, Hang
+from tests.integration.engines import learner_and_engine
 
 REQUESTS, WITHIN_S = 6, 30.0
 
@@ -26,61 +27,24 @@ def run(rng: random.Random, count: int) -> tuple[list[Fault], int]:
     os.environ.update(CPU_ENGINE_ENV)  # before torch is imported
     faults, unproved = [], 0
     with tempfile.TemporaryDirectory(prefix="raylign-chaos-") as folder:
-        learner, make = _made(Path(folder))
+        learner, layout, make = learner_and_engine(Path(folder))
         for number in range(count):
             kind = ("byte", "digest", "layout", "probe")[number % 4]
-            fault, sampled = asyncio.run(_one(kind, learner, make, rng, number))
+            fault, sampled = asyncio.run(_one(kind, learner, layout, make, rng, number))
             faults.append(fault)
             unproved += sampled
         learner.close()
     return faults, unproved
 
 
-def _made(folder: Path) -> tuple[Any, Callable[[], Any]]:
-    from actors.config import GeneratorsConfig
-    from actors.generator import Generator
-    from actors.prompts import load_tokenizer
-    from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
-    from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
-    from learner.learner_worker import LearnerWorker
-    from tests.tiny import write_policy
-
-    model = write_policy(folder / "model")
-    tokenizer = load_tokenizer(model)
-    spec = LearnerSpec(
-        policy=str(model),
-        reference=str(model),
-        ppo=PPOConfig(advantage="reinforce++", policy=OptimizerConfig(lr=1e-3)),
-        learner=LearnerConfig(),
-        seed=0,
-        num_steps=10,
-        push_dtype="float32",
-        probe_ids=probe_ids(len(tokenizer), set(tokenizer.all_special_ids)),
-    )
-    learner = LearnerWorker(spec, 0)
-    learner.start(Rendezvous(1, file=str(folder / "rendezvous")))
-    learner.prepare_publish(str(folder / "segment"))
-
-    def make() -> Any:
-        return Generator(
-            GeneratorsConfig(max_model_len=128, max_num_seqs=8, kv_cache_bytes=1 << 24),
-            model=str(model),
-            name="generator-0",
-            probe_bound=1e-4,
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        )
-
-    return learner, make
-
-
 async def _one(
-    kind: str, learner: Any, make: Callable[[], Any], rng: random.Random, number: int
+    kind: str, learner: Any, layout: Any, make: Callable[[], Any], rng: random.Random, number: int
 ) -> tuple[Fault, int]:
     from actors.generator import GenerateRequest
 
     started = time.monotonic()
     generator = make()
-    await generator.agree_layout(learner._publisher.layout)
+    await generator.agree_layout(layout)
     await generator.receive_weights(learner.publish(2 * number))
     requests = [
         GenerateRequest(f"r{i}", (40, 41, 42), max_tokens=64, temperature=1.0, seed=i)

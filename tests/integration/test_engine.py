@@ -18,6 +18,7 @@ from actors import weight_segment
 from actors.vllm_engine import CPU_ENGINE_ENV
 from actors.weight_segment import SegmentInUse
 from actors.weight_update import WeightsRejected, WeightUpdate
+from tests.integration.engines import learner_and_engine
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,40 +62,12 @@ def request(name: str, **changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     os.environ.update(CPU_ENGINE_ENV)
-    from actors.config import GeneratorsConfig
-    from actors.generator import Generator
-    from actors.prompts import load_tokenizer
-    from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
-    from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
-    from learner.learner_worker import LearnerWorker
-    from tests.tiny import write_policy
-
     folder = tmp_path_factory.mktemp("engine")
-    model = write_policy(folder / "model")
-    tokenizer = load_tokenizer(model)
-    spec = LearnerSpec(
-        policy=str(model),
-        reference=str(model),
-        ppo=PPOConfig(advantage="reinforce++", policy=OptimizerConfig(lr=1e-3)),
-        learner=LearnerConfig(),
-        seed=0,
-        num_steps=10,
-        push_dtype="float32",
-        probe_ids=probe_ids(len(tokenizer), set(tokenizer.all_special_ids)),
-    )
-    learner = LearnerWorker(spec, 0)
-    learner.start(Rendezvous(1, file=str(folder / "rendezvous")))
-    layout = learner.prepare_publish(str(folder / "segment"))
-    generator = Generator(
-        GeneratorsConfig(max_model_len=128, max_num_seqs=8, kv_cache_bytes=1 << 25),
-        model=str(model),
-        name="generator-0",
-        probe_bound=1e-4,
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-    )
+    learner, layout, make = learner_and_engine(folder)
+    generator = make()
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    made = Bench(generator, learner, model, loop)
+    made = Bench(generator, learner, folder / "model", loop)
     made.run(generator.agree_layout(layout))
     made.push()
     yield made

@@ -1,0 +1,45 @@
+"""A real learner of one rank in this process, and real engines beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[[], Any]]:
+    """(learner, layout of its weights, what makes a generator of the same model), in `folder`, the
+    model in folder/model. CPU_ENGINE_ENV has to be set before: torch is imported here."""
+    from actors.config import GeneratorsConfig
+    from actors.generator import Generator
+    from actors.prompts import load_tokenizer
+    from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
+    from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
+    from learner.learner_worker import LearnerWorker
+    from tests.tiny import write_policy
+
+    model = write_policy(folder / "model")
+    tokenizer = load_tokenizer(model)
+    spec = LearnerSpec(
+        policy=str(model),
+        reference=str(model),
+        ppo=PPOConfig(advantage="reinforce++", policy=OptimizerConfig(lr=1e-3)),
+        learner=LearnerConfig(),
+        seed=0,
+        num_steps=10,
+        push_dtype="float32",
+        probe_ids=probe_ids(len(tokenizer), set(tokenizer.all_special_ids)),
+    )
+    learner = LearnerWorker(spec, 0)
+    learner.start(Rendezvous(1, file=str(folder / "rendezvous")))
+
+    def make() -> Any:
+        return Generator(
+            GeneratorsConfig(max_model_len=128, max_num_seqs=8, kv_cache_bytes=1 << 25),
+            model=str(model),
+            name="generator-0",
+            probe_bound=1e-4,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    return learner, learner.prepare_publish(str(folder / "segment")), make
