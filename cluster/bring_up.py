@@ -54,6 +54,7 @@ async def recover(run: Run, lost: LearnerLost) -> None:
     run.view.note(f"WARNING: {lost}; going back to the last checkpoint with a new learner")
     for stack in stacks.values():
         run.view.note(stack)
+    await run.forget_checkpoint()
     await run.supervisor.reset()
     restarted = await run.learner.restart(run.files.folder)
     checkpoint, problems = checkpoints.newest_intact(run.files.folder)

@@ -55,6 +55,7 @@ from cluster.train import train
 from reward_service.config import RewardServiceConfig
 
 BEAT_S = 5.0
+LAST_CHECKPOINT_S = 60.0
 
 
 def run_ppo(
@@ -134,6 +135,8 @@ async def _run(
         await finish(run)
         return 128 + run.stopped_by if run.stopped_by is not None else 0
     finally:
+        with contextlib.suppress(Exception):  # begun is worth ending, whatever else has failed
+            await asyncio.wait_for(run.checkpointed(), LAST_CHECKPOINT_S)
         watch.cancel()
         beat.cancel()
         await run.supervisor.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from learner.learner_spec import Rendezvous, StepRefused
 from learner.trajectory_buffer import Batch
 
 SETTLE_S = 2.0
+SAVED_EVERY_S = 0.1
 
 
 class LearnerLost(RoleFailed):
@@ -105,7 +107,19 @@ class LearnerGroup:
         return (await self._all(lambda it: it.reference_logprobs, samples))[0]
 
     async def save(self, folder: Path) -> None:
+        """Begin to write the learner's state as it is now to `folder`; `saved` waits for the end, which
+        must come before the next save."""
         await self._all(lambda it: it.save, str(folder.resolve()))
+
+    async def saved(self) -> None:
+        """Until what `save` began is written."""
+        deadline = time.monotonic() + self._timeout_s
+        while not all(await self._all(lambda it: it.saved)):
+            if time.monotonic() > deadline:
+                raise RoleFailed(
+                    f"learner: a checkpoint not written within {self._timeout_s:g} s: is the disk stuck?"
+                )
+            await asyncio.sleep(SAVED_EVERY_S)
 
     async def load(self, folder: Path) -> None:
         await self._all(lambda it: it.load, str(folder.resolve()))

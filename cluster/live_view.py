@@ -110,8 +110,8 @@ class LiveView:
         self._stage = _one_line(text)
 
     def roles(self, states: Mapping[str, str]) -> None:
-        """What each role is doing, e.g. {"generator 0": "41 running"}; for the live view only."""
-        self._roles = {role: _one_line(state) for role, state in states.items()}
+        """What these roles are doing now, e.g. {"generator 0": "41 running"}; for the live view only."""
+        self._roles.update(states)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A step is over; these are its metrics, "step" among them."""
@@ -175,10 +175,10 @@ class LiveView:
 
     def _role_lines(self) -> Iterator[Text]:
         # Of many generators some are left out; the learner and the reward service never are.
-        ordered = sorted(self._roles.items(), key=lambda item: item[0][-1:].isdigit())
+        ordered = sorted(self._roles.copy().items(), key=lambda item: item[0][-1:].isdigit())
         shown = ordered[:MAX_ROLE_LINES]
         pad = max((len(role) for role, _ in shown), default=0)
         for role, state in shown:
-            yield Text.assemble((f"  {role:<{pad}}  ", "dim"), state)
+            yield Text.assemble((f"  {role:<{pad}}  ", "dim"), _one_line(state))
         if more := len(self._roles) - len(shown):
             yield Text(f"  and {more} more", "dim")

@@ -51,8 +51,9 @@ async def write(
     A learner's state is large: as many bundles are kept as can be refused in a row."""
     folder = config.run_dir / FOLDER
     aside = checkpoints.set_aside(_next(folder, refused.step))
-    await learner.save(aside / LEARNER)
     await learner.save_trajectories(batch, aside / BATCH)
+    await learner.save(aside / LEARNER)
+    await learner.saved()
     (aside / REFUSAL).write_text(json.dumps(_recorded(refused, version), indent=1))
     (aside / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     bundle = checkpoints.seal(aside, refused.step)

@@ -124,6 +124,9 @@ class LearnerRole:
     def save(self, folder: str) -> None:
         self._worker.save(folder)
 
+    def saved(self) -> bool:
+        return self._worker.saved()
+
     def load(self, folder: str) -> None:
         self._worker.load(folder)
 

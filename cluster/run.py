@@ -62,20 +62,23 @@ class Run:
     stopped_by: int | None = None  # the signal's number
     step: int = 0
     published: int = 0  # the newest version that was written for the generators
+    saved_step: int | None = None  # of the newest checkpoint that this process has written
     evaluations: list[Evaluated] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
-    _roles: dict[str, str] = field(default_factory=dict)
     boundary: tuple[int, int] = (0, 0)  # (cursor, drops) at the end of the last step
     _first: Counters | None = None  # as they were when the first prompt went out
     _last: Counters | None = None  # at the last step
     _refused_in_a_row: int = 0
+    _saving: asyncio.Task[None] | None = None  # the checkpoint that is being written
 
     # ---- the verbs of a step
 
     async def take(self) -> Batch | None:
         """Lease what may be leased, then wait for the next batch; None if a stop was asked for."""
         self._doing("learner", "waiting for rollouts")
+        if self._saving is not None and self._saving.done():
+            await self.checkpointed()  # raises what it failed of
         if self._first is None:
             self._first = self._last = await self._counters()
         self.boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
@@ -105,6 +108,7 @@ class Run:
         After `ppo.refuse.max_in_a_row` of them: a checkpoint, and RoleFailed."""
         self._refused_in_a_row += 1
         self._doing("learner", f"refused step {refused.step}")
+        await self.checkpointed()  # the learner writes one thing at a time
         how = await replay_bundle.leave(self.config, self.learner, batch, refused, self.step)
         reason = f"step {refused.step} refused: {refused.reason}"
         self.supervisor.ledger.refuse(batch.keys)
@@ -113,7 +117,9 @@ class Run:
         self.files.event("step_refused", step=self.step, reason=reason, replay=how)
         self.view.note(f"WARNING: {reason}; its batch is dropped ({how})")
         if self._refused_in_a_row == self.config.ppo.refuse.max_in_a_row:
-            saved = "a" if await self.checkpoint() else "no"
+            await self.checkpoint()
+            await self.checkpointed()
+            saved = "a" if self.saved_step == self.step else "no"
             raise RoleFailed(
                 f"{reason}; that is {self._refused_in_a_row} in a row ({how}); there is {saved} checkpoint "
                 f"of step {self.step}, from which --resume goes on with other prompts"
@@ -159,15 +165,39 @@ class Run:
             seconds=round(seconds, 4),
         )
 
-    async def checkpoint(self) -> bool:
-        """False if the disk refused it: the run goes on and tries again when the next one is due. It
-        cannot go on without its last one: then CheckpointFailed."""
+    async def checkpoint(self) -> None:
+        """Begin one of the state as it is now, if the newest is not of this step; it is written beside
+        what comes next. One that the disk refuses is given up, and the next is tried when it is due; but
+        the run cannot go on without its last one: then CheckpointFailed."""
+        await self.checkpointed()
+        if self.saved_step == self.step:
+            return
         started = time.perf_counter()
-        if not await run_state.save(self):
-            return False
-        self.files.event("checkpoint_saved", step=self.step)
-        self.spent("checkpoint", time.perf_counter() - started)
-        return True
+        save = run_state.Save(self)
+        if await save.begin():
+            stall_s = self.spent("checkpoint", time.perf_counter() - started)
+            self._saving = asyncio.create_task(self._end(save, started, stall_s))
+
+    async def checkpointed(self) -> None:
+        """Once the checkpoint that was begun last is written, or given up."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
+
+    async def forget_checkpoint(self) -> None:
+        """Wait no more for one whose learner is lost."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.cancel()
+            await asyncio.gather(saving, return_exceptions=True)
+
+    async def _end(self, save: run_state.Save, started: float, stall_s: float) -> None:
+        if await save.end():
+            self.saved_step = save.step
+            seconds = round(time.perf_counter() - started, 3)
+            self.files.event(
+                "checkpoint_saved", step=save.step, seconds=seconds, stall_s=round(stall_s, 4)
+            )
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out evaluation of the published policy; {} without one in the config."""
@@ -208,6 +238,7 @@ class Run:
     def rewind(self, step: int, num_dropped: int) -> None:
         """Become the run that has done `step` steps, in its files and figures."""
         self.step = step
+        self.saved_step = None
         self._refused_in_a_row = 0
         self.files.rewind(step, num_dropped)
         self.metrics.rewind(step)
@@ -218,8 +249,7 @@ class Run:
 
     def _doing(self, role: str, what: str) -> None:
         """For the live view: what a role is at."""
-        self._roles[role] = what
-        self.view.roles(self._roles)
+        self.view.roles({role: what})
 
     def spent(self, role: str, seconds: float) -> float:
         self.seconds[role] = self.seconds.get(role, 0.0) + seconds

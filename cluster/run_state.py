@@ -6,8 +6,10 @@ the same, from the same cursor and seeds.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +24,77 @@ from learner.trajectory_buffer import TrajectoryBuffer
 if TYPE_CHECKING:
     from cluster.run import Run
 
+COMMIT_TIMEOUT_S = 600.0  # to digest and to make durable
 
-async def save(run: Run) -> bool:
-    """False if the disk refused it; CheckpointFailed if it was the run's last one."""
-    needed = checkpoints.expected_bytes(run.files.folder, run.checkpoint_bytes)
-    try:
-        await _write(run, needed)
-    except (OSError, RoleFailed) as error:
-        if (refusal := refusal_of(error)) is None:
+
+class Save:
+    """A checkpoint of `run` as it was at one step's end, written beside the steps after it.
+
+    `begin` copies what is to be saved, `end` waits until it is on the disk and gives it its name. Both
+    return False if the disk refused it: then it is given up, and the run goes on; or CheckpointFailed
+    if the run is over and it was the last one.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.step = run.step
+        self._run = run
+        self._refused = False
+        self._needed = checkpoints.expected_bytes(run.files.folder, run.checkpoint_bytes)
+
+    async def begin(self) -> bool:
+        run = self._run
+        with self._unless_refused():
+            if run.config.deterministic:
+                await run.proved()
+                await run.supervisor.settled()
+            self._aside = checkpoints.begin(run.files.folder, self.step, self._needed)
+            (self._aside / checkpoints.DRIVER).write_text(json.dumps(_driver_state(run)))
+            buffer = TrajectoryBuffer() if _forgets_leases(run) else run.supervisor.buffer
+            await run.learner.save_trajectories(buffer.contents(), self._aside / checkpoints.BUFFER)
+            await run.learner.save(self._aside / checkpoints.LEARNER)  # last: it is only begun here
+        return not self._refused
+
+    async def end(self) -> bool:
+        with self._unless_refused():
+            await self._run.learner.saved()
+            await self._commit()
+        return not self._refused
+
+    async def _commit(self) -> None:
+        """Once it has begun it is done, even if nobody waits for it any more."""
+        keep = self._run.config.checkpoint.keep
+        commit = asyncio.to_thread(checkpoints.commit, self._aside, self.step, keep)
+        committing = asyncio.create_task(commit)
+        try:
+            await asyncio.wait([committing], timeout=COMMIT_TIMEOUT_S)
+        except asyncio.CancelledError:
+            await asyncio.wait([committing], timeout=COMMIT_TIMEOUT_S)
             raise
-        _give_up(run, refusal, needed)
-        return False
-    return True
+        if not committing.done():
+            raise RoleFailed(
+                f"{self._aside}: not committed within {COMMIT_TIMEOUT_S:g} s: is the disk stuck?"
+            )
+        if (error := committing.exception()) is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RoleFailed) as error:
+            if (refusal := refusal_of(error)) is None:
+                raise
+            self._refused = True
+            self._give_up(refusal)
+
+    def _give_up(self, refusal: OSError) -> None:
+        run = self._run
+        given_up = checkpoints.give_up(run.files.folder, self.step, refusal, self._needed)
+        with contextlib.suppress(OSError):  # the events are on the same disk
+            run.files.event("checkpoint_failed", step=self.step, **asdict(given_up))
+        if run.over and run.step == self.step:
+            raise checkpoints.CheckpointFailed(str(given_up)) from refusal
+        run.view.note(f"WARNING: {given_up}; the next one is tried when it is due")
 
 
 async def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
@@ -53,27 +114,6 @@ def start_over(run: Run) -> None:
     """Become the run that has not done its first step: with a learner that is new."""
     run.supervisor.stream.cursor = 0
     run.rewind(0, run.num_too_long)
-
-
-async def _write(run: Run, needed_bytes: int) -> None:
-    if run.config.deterministic:
-        await run.proved()
-        await run.supervisor.settled()
-    aside = checkpoints.begin(run.files.folder, run.step, needed_bytes)
-    await run.learner.save(aside / checkpoints.LEARNER)
-    (aside / checkpoints.DRIVER).write_text(json.dumps(_driver_state(run)))
-    buffer = TrajectoryBuffer() if _forgets_leases(run) else run.supervisor.buffer
-    await run.learner.save_trajectories(buffer.contents(), aside / checkpoints.BUFFER)
-    checkpoints.commit(aside, run.step, run.config.checkpoint.keep)
-
-
-def _give_up(run: Run, refusal: OSError, needed_bytes: int) -> None:
-    given_up = checkpoints.give_up(run.files.folder, run.step, refusal, needed_bytes)
-    with contextlib.suppress(OSError):  # the events are on the same disk
-        run.files.event("checkpoint_failed", step=run.step, **asdict(given_up))
-    if run.over:
-        raise checkpoints.CheckpointFailed(str(given_up)) from refusal
-    run.view.note(f"WARNING: {given_up}; the next one is tried when it is due")
 
 
 def _forgets_leases(run: Run) -> bool:

@@ -5,7 +5,7 @@
                 nothing has changed, and the same step takes another batch
     publish     new weights to every generator, each of which proves them before it samples on
     log         one line of metrics; a warning if the score rises while the KL leaves its bound
-    checkpoint  everything needed to go on exactly here
+    checkpoint  everything needed to go on exactly here; copied now, and written beside the next steps
 
 With max_staleness 0 these follow one another strictly. Above it, generators keep rolling out while
 the learner learns: `take` finds most of its batch there already, and a push ends beside the next
@@ -23,7 +23,7 @@ from learner.learner_spec import StepRefused
 
 async def train(run: Run) -> None:
     """From run.step to the last step, or to the end of the step in which a stop was asked for."""
-    config, saved = run.config, None
+    config = run.config
     await run.supervisor.resubmit()
     while run.step < config.num_steps and not run.stop.is_set():
         started = time.perf_counter()
@@ -54,7 +54,8 @@ async def train(run: Run) -> None:
         if warning := kl_warning(run.history, config.warn):
             run.warn(warning)
         if last or run.step % config.checkpoint.every == 0:
-            saved = run.step if await run.checkpoint() else saved
+            await run.checkpoint()
     await run.proved()
-    if run.stop.is_set() and run.step not in (saved, config.num_steps):
+    if run.over:
         await run.checkpoint()
+    await run.checkpointed()

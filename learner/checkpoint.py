@@ -1,5 +1,8 @@
 """Saves and loads the learner through torch's distributed checkpoint: exact, and for any rank count.
 
+A save copies the state, which takes as long as a copy in memory does, and writes the copy in a thread
+while the learner goes on.
+
 The folder's manifest (cluster side) is written last and names every file's digest; a folder is opened
 only after its digests were verified, because torch's metadata file holds a pickle.
 """
@@ -10,10 +13,12 @@ import contextlib
 import errno
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -59,11 +64,26 @@ class _RunState:
         torch.set_rng_state(state["rng"])
 
 
-def save(folder: Path, update: PPOUpdate) -> None:
-    """A collective: every rank writes its shards into `folder`, which must be new. OSError on all ranks
-    if the disk refuses one of them."""
-    with _plain():
-        dcp.save(_parts(update), checkpoint_id=str(folder))
+class Save:
+    """Every rank's shards on their way into `folder`, which must be new. Made on all ranks alike.
+
+    `group`: of gloo and for saves alone, since the threads' collectives must not mix with the learner's.
+    One save must have ended before the next begins.
+    """
+
+    def __init__(self, folder: Path, update: PPOUpdate, group: dist.ProcessGroup) -> None:
+        with _plain():
+            writing = dcp.async_save(_parts(update), checkpoint_id=str(folder), process_group=group)
+        assert isinstance(writing, Future)
+        self._writing = writing
+
+    def ended(self) -> bool:
+        """Whether all ranks have written theirs. OSError on all of them if the disk refused one."""
+        if not self._writing.done():
+            return False
+        with _plain():
+            self._writing.result(timeout=0)
+        return True
 
 
 def load(folder: Path, update: PPOUpdate) -> None:

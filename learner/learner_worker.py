@@ -1,6 +1,6 @@
 """One rank of the learner: models, PPO update, weight publishing, checkpoints. A plain class.
 
-Every method but `address` is a collective: all ranks are called, in the same order.
+Every method is a collective, all ranks are called, in the same order, but for those that say otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
-from learner.process_group import free_address, join
+from learner.process_group import free_address, group_for_saves, join
 from learner.refusal import BadStep
 from learner.rollout_metrics import rollout_metrics
 from learner.sharding import unsharded
@@ -41,8 +41,10 @@ class LearnerWorker:
         self._spec = spec
         self._rank = rank
         self._publisher: WeightPublisher | None = None
+        self._save: checkpoint.Save | None = None
 
     def address(self) -> tuple[str, int]:
+        """No collective."""
         return free_address()
 
     def start(self, rendezvous: Rendezvous) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class LearnerWorker:
         spec, ppo = self._spec, self._spec.ppo
         torch.manual_seed(spec.seed)
         mesh = join(rendezvous, self._rank, spec.learner.timeout_s)
+        self._save_group = group_for_saves(spec.learner.timeout_s)
         separate = ppo.uses_critic and ppo.value_model == "separate"
         models = Models(
             policy=load_policy(
@@ -137,7 +140,13 @@ class LearnerWorker:
         return self._logprobs(samples, self._update.models.reference)
 
     def save(self, folder: str) -> None:
-        checkpoint.save(Path(folder), self._update)
+        """Begin to write the state as it is now into `folder`, beside whatever comes next."""
+        self._save = checkpoint.Save(Path(folder), self._update, self._save_group)
+
+    def saved(self) -> bool:
+        """Whether what `save` began is written; OSError if the disk refused it. No collective."""
+        assert self._save is not None, "save comes first"
+        return self._save.ended()
 
     def load(self, folder: str) -> None:
         checkpoint.load(Path(folder), self._update)

@@ -41,6 +41,13 @@ def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> DeviceMesh:
     return init_device_mesh(mesh_device, (rendezvous.world_size,), mesh_dim_names=("fsdp",))
 
 
+def group_for_saves(timeout_s: float) -> dist.ProcessGroup:
+    """A collective. Of all ranks, for the threads that write checkpoints."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def _store(rendezvous: Rendezvous, rank: int, timeout: timedelta) -> dist.Store:
     world_size = rendezvous.world_size
     if rendezvous.file:

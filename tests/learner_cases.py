@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -310,6 +311,15 @@ def weights_of(worker: LearnerWorker) -> dict[str, Tensor]:
         if model is not None
         for name, parameter in model.named_parameters()
     }
+
+
+def write_checkpoint(worker: LearnerWorker, folder: str | Path) -> None:
+    """Save, and wait until it is written."""
+    worker.save(str(folder))
+    deadline = time.monotonic() + 60
+    while not worker.saved():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def everything(worker: LearnerWorker) -> dict[str, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +40,7 @@ class FakeLearner:
 
     def __init__(self) -> None:
         self.raises: Exception | None = None
+        self.is_written = True
         self.link_to: dict[str, str] = {}
         self.num_saves = 0
 
@@ -45,10 +48,12 @@ class FakeLearner:
         self.num_saves += 1
         Path(folder).mkdir()
         shard = self._linked(Path(folder) / "__0_0.distcp")
+        shard.write_bytes(b"half" if self.raises is not None else SHARD)
+
+    def saved(self) -> bool:
         if self.raises is not None:
-            shard.write_bytes(b"half")
             raise self.raises
-        shard.write_bytes(SHARD)
+        return self.is_written
 
     def save_trajectories(self, path: str, keys: Any, *chunks: Any) -> None:
         pq.write_table(to_table([]), self._linked(Path(path)))
@@ -94,7 +99,9 @@ class World:
 
     async def save(self, step: int) -> bool:
         self.run.step = step
-        return await self.run.checkpoint()
+        await self.run.checkpoint()
+        await self.run.checkpointed()
+        return self.run.saved_step == step
 
     def events(self) -> list[dict[str, Any]]:
         lines = (self.files.folder / "events.jsonl").read_text().splitlines()
@@ -257,6 +264,107 @@ async def test_events_that_cannot_be_written_either_do_not_end_the_run(
     monkeypatch.setattr(world.files, "event", refuse)
     assert not await world.save(3)
     assert "WARNING" in world.text.getvalue()
+
+
+async def test_a_run_goes_on_while_its_checkpoint_is_written(world: World) -> None:
+    world.learner.is_written = False
+    world.run.step = 3
+    await world.run.checkpoint()
+    world.run.step = 4  # the next step is done meanwhile
+    assert newest_intact(world.files.folder) == (None, [])
+    world.learner.is_written = True
+    await world.run.checkpointed()
+    found, _ = newest_intact(world.files.folder)
+    assert found is not None
+    assert (found.step, world.run.saved_step) == (3, 3)
+    event = world.events()[-1]
+    assert (event["event"], event["step"]) == ("checkpoint_saved", 3)
+    assert 0 < event["stall_s"] < event["seconds"]
+
+
+async def test_one_that_is_refused_late_is_not_the_last_one(world: World) -> None:
+    world.learner.is_written = False
+    world.run.step = 3
+    await world.run.checkpoint()
+    world.run.step = 4
+    world.run.stop.set()
+    world.learner.raises = FULL
+    await world.run.checkpointed()
+    assert world.events()[-1]["step"] == 3
+    world.learner.raises, world.learner.is_written = None, True
+    assert await world.save(4)
+
+
+async def test_the_next_one_waits_for_the_one_before_it(world: World) -> None:
+    world.learner.is_written = False
+    world.run.step = 3
+    await world.run.checkpoint()
+    second = asyncio.create_task(world.save(6))
+    await asyncio.sleep(0.05)
+    assert world.learner.num_saves == 1
+    world.learner.is_written = True
+    assert await second
+    assert sorted(path.name for path in world.folder.iterdir()) == ["step-000003", "step-000006"]
+
+
+async def test_a_step_that_has_a_checkpoint_gets_no_second_one(world: World) -> None:
+    assert await world.save(3)
+    assert await world.save(3)
+    assert world.learner.num_saves == 1
+
+
+async def test_what_is_wrong_beside_the_disk_is_raised_at_the_next_step(world: World) -> None:
+    world.learner.is_written = False
+    world.run.step = 3
+    await world.run.checkpoint()
+    world.learner.raises = ValueError("a bug")
+    await asyncio.sleep(0.3)
+    with pytest.raises(RoleFailed, match="a bug"):
+        await world.run.take()
+
+
+async def test_one_whose_learner_is_lost_is_forgotten(world: World) -> None:
+    assert await world.save(3)
+    world.learner.is_written = False
+    world.run.step = 6
+    await world.run.checkpoint()
+    await world.run.forget_checkpoint()
+    await world.run.checkpointed()
+    assert newest_intact(world.files.folder)[0] is not None
+    world.learner.is_written = True
+    assert await world.save(7)
+    assert sorted(path.name for path in world.folder.iterdir()) == ["step-000003", "step-000007"]
+
+
+async def test_what_is_being_committed_is_committed_even_if_it_is_forgotten(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, seal = threading.Event(), threading.Event(), checkpoints.seal
+
+    def slow(*args: Any) -> Path:
+        begun.set()
+        assert go_on.wait(10)
+        return seal(*args)
+
+    monkeypatch.setattr(checkpoints, "seal", slow)
+    world.run.step = 3
+    await world.run.checkpoint()
+    assert await asyncio.to_thread(begun.wait, 10)
+    forgotten = asyncio.create_task(world.run.forget_checkpoint())
+    await asyncio.sleep(0.05)
+    assert not forgotten.done()
+    go_on.set()
+    await forgotten
+    found, _ = newest_intact(world.files.folder)
+    assert found is not None
+    assert found.step == 3
+
+
+async def test_a_disk_that_is_stuck_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.run.learner, "_timeout_s", 0.2)
+    world.learner.is_written = False
+    with pytest.raises(RoleFailed, match=r"not written within 0.2 s: is the disk stuck"):
+        await world.save(3)
 
 
 def test_a_refusal_is_found_wherever_it_stands_in_the_chain() -> None:

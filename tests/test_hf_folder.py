@@ -21,6 +21,7 @@ from tests.learner_cases import (
     ppo_config,
     run_ranks,
     weights_of,
+    write_checkpoint,
 )
 
 
@@ -37,7 +38,7 @@ def _train_and_save(rank, meeting, given, folder):
     for name, one in given.items():
         worker = one.start(rank, meeting)
         worker.update(batch_table(), 1, 3, folder)
-        worker.save(f"{folder}/{name}")
+        write_checkpoint(worker, f"{folder}/{name}")
         gathered = gather_weights(worker._update.models.policy)
         worker.update(batch_table(), 2, 3, folder)
         found[name] = {"gathered": gathered, "after": weights_of(worker)}

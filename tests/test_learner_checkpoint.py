@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from learner import checkpoint
@@ -22,6 +26,7 @@ from tests.learner_cases import (
     run_ranks,
     same_bytes,
     weights_of,
+    write_checkpoint,
 )
 
 STEPS, SAVED_AFTER = 3, 2
@@ -53,7 +58,7 @@ def straight_and_resumed(rank, meeting, one, folder):
     first = one.start(rank, meeting)
     train(first, range(1, SAVED_AFTER + 1), folder)
     saved = everything(first)
-    first.save(str(folder / "checkpoint"))
+    write_checkpoint(first, folder / "checkpoint")
     unharmed = same_bytes(everything(first), saved)
     second = one.start(rank, meeting)
     second.load(str(folder / "checkpoint"))
@@ -86,7 +91,7 @@ def refusal_of_a_full_disk(worker, rank, folder):
     if rank == worker._share.world_size - 1:
         (folder / f"__{rank}_0.distcp").symlink_to("/dev/full")
     try:
-        worker.save(str(folder))
+        write_checkpoint(worker, folder)
     except Exception as error:
         return type(error), getattr(error, "errno", None)
 
@@ -142,7 +147,31 @@ def test_a_full_disk_is_told_to_every_rank_as_what_it_is(cases, at_two, tmp_path
     before = everything(worker)
     assert refusal_of_a_full_disk(worker, 0, tmp_path / "full") == (OSError, errno.ENOSPC)
     assert same_bytes(everything(worker), before)
-    worker.save(str(tmp_path / "elsewhere"))
+    write_checkpoint(worker, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_learned_while_it_is_written_is_no_part_of_it(name, cases, tmp_path, monkeypatch):
+    go_on, written = threading.Event(), FileSystemWriter.write_data
+
+    def slow(*args):
+        assert go_on.wait(60)
+        return written(*args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
+    worker = cases[name].start()
+    train(worker, [1], tmp_path)
+    at_save = everything(worker)
+    worker.save(str(tmp_path / "checkpoint"))
+    train(worker, [2], tmp_path)
+    assert not worker.saved()
+    go_on.set()
+    while not worker.saved():
+        time.sleep(0.01)
+    assert not same_bytes(everything(worker), at_save)
+    fresh = cases[name].start()
+    fresh.load(str(tmp_path / "checkpoint"))
+    assert same_bytes(everything(fresh), at_save)
 
 
 def test_torchs_own_writer_is_understood_too(cases, tmp_path, monkeypatch):
@@ -150,12 +179,14 @@ def test_torchs_own_writer_is_understood_too(cases, tmp_path, monkeypatch):
     torn = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
 
     def save(*_, **__):
-        raise CheckpointException("write", {0: (torn, None)})
+        future = Future()
+        future.set_exception(CheckpointException("write", {0: (torn, None)}))
+        return future
 
     worker = cases["shared"].start()
-    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    monkeypatch.setattr(checkpoint.dcp, "async_save", save)
     with pytest.raises(OSError, match="inline_container") as refused:
-        worker.save(str(tmp_path / "torn"))
+        write_checkpoint(worker, tmp_path / "torn")
     assert refused.value.errno == errno.EIO
 
 
@@ -164,7 +195,7 @@ def test_a_checkpoint_before_the_first_step_counts_no_step(cases, tmp_path):
     straight = one.start()
     train(straight, [1], tmp_path)
     first = one.start()
-    first.save(str(tmp_path / "checkpoint"))
+    write_checkpoint(first, tmp_path / "checkpoint")
     second = one.start()
     second.load(str(tmp_path / "checkpoint"))
     for worker in (first, second):

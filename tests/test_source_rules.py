@@ -54,6 +54,8 @@ WAITS = {
     "cluster/restarts.py:run_again": "a run takes as long as it does; without heartbeat it is killed",
     "cluster/roles.py:_awaiting.score": "RewardClient awaits it, within deadline_s",
     "cluster/submit.py:_follow": "a person reads the log, and can leave",
+    "cluster/run.py:Run.checkpointed": "the learner's answers and the commit have deadlines",
+    "cluster/run.py:Run.forget_checkpoint": "a task that was cancelled; a commit has a deadline",
     "cluster/supervisor.py:Supervisor._until_lost": "the poll has a deadline",
     "cluster/supervisor.py:Supervisor._wait": "collectors fail within rollout_timeout_s",
     "cluster/supervisor.py:Supervisor.proved": "a push is questions, each with a deadline",
