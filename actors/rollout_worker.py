@@ -27,7 +27,7 @@ from actors.weight_update import WeightLayout, WeightUpdate
 from reward_service.api import ScoreRequest
 
 # Seconds. A call to the reward service costs this process milliseconds that its engine needs.
-GATHER_S = 0.05
+GATHER_S = 0.1
 
 Scoring = Literal["together", "each", "gathered"]
 

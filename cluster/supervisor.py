@@ -34,7 +34,7 @@ POLL_S = 1.0
 PING_TIMEOUT_S = 30.0
 # Seconds for which a generator gathers before it answers. An answer costs it milliseconds that its
 # engine needs; and the driver takes about a thousand a second, however many generators there are.
-LINGER_S = 0.05
+LINGER_S = 0.2
 LINGER_PER_GENERATOR_S = 1e-3
 
 
