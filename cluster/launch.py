@@ -86,7 +86,9 @@ def run_ppo(
             checkpoints.check_origin(checkpoint.path)
         check_resume(config, checkpoint.driver_state()["config"])
     host: Host = (
-        InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
+        InProcessHost()
+        if in_process
+        else RayHost(config.ray_address, f"raylign-{config.name}", on_cpu=config.device == "cpu")
     )
     try:
         check_gpus(gpus_of(config), host.num_gpus)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster import own_ray
 from cluster.config import BadInput
+from cluster.fork_server import ForkServer
 from cluster.placement import Member, RoleFailed, ask
 from cluster.processes import kill_worker, stack_of
 
@@ -20,7 +23,7 @@ class RayHost:
     """Ray actors, in one namespace a run. Ray itself restarts only what is told so: its restarts hide a
     death for seconds, and bring back no state."""
 
-    def __init__(self, address: str | None, namespace: str) -> None:
+    def __init__(self, address: str | None, namespace: str, *, on_cpu: bool = False) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = address or os.environ.get("RAY_ADDRESS")
@@ -28,6 +31,8 @@ class RayHost:
             # Read when ray is imported. Without it Ray takes the machine's outer address for its
             # own, whatever address it is given, and listens on every interface.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        own = address is None
+        self._forks = ForkServer(_python_path()) if own and on_cpu else None
         import ray
 
         self._ray = ray
@@ -39,10 +44,7 @@ class RayHost:
             "logging_level": logging.ERROR,
         }
         if address is None:
-            # A Ray of our own: loopback only, without the dashboard, which costs seconds to start.
-            ray.init(
-                address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **common
-            )
+            own_ray.start(ray, **common)
         else:
             _probe(address)
             ray.init(address=address, **common)
@@ -57,14 +59,17 @@ class RayHost:
         max_restarts: int = 0,
     ) -> Member:
         env = dict(env) if gpus else {**env, "CUDA_VISIBLE_DEVICES": ""}
+        runtime_env: dict[str, Any] = {
+            "env_vars": {**env, "PYTHONPATH": _python_path(), "RAYLIGN_HOME": os.getcwd()}
+        }
+        if self._forks is not None:
+            runtime_env["py_executable"] = shlex.join(self._forks.python_for(kind))
         options: dict[str, Any] = {
             "name": name,
             "num_cpus": 0,
             "num_gpus": gpus,
             "max_restarts": max_restarts,
-            "runtime_env": {
-                "env_vars": {**env, "PYTHONPATH": _python_path(), "RAYLIGN_HOME": os.getcwd()}
-            },
+            "runtime_env": runtime_env,
         }
         if gpus:
             options["scheduling_strategy"] = self._bundle(name, gpus)
@@ -139,6 +144,8 @@ class RayHost:
 
     def close(self) -> None:
         self._ray.shutdown()
+        if self._forks is not None:
+            self._forks.close()
 
 
 def _place(_: Any) -> tuple[str, int]:

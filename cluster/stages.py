@@ -36,7 +36,11 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
         raise BadInput(str(error)) from None
     if in_process and config.learner.ranks > 1:
         raise BadInput("learner.ranks: --in-process is one rank; set learner.ranks=1")
-    host = InProcessHost() if in_process else RayHost(config.ray_address, f"raylign-{config.name}")
+    host: Host = (
+        InProcessHost()
+        if in_process
+        else RayHost(config.ray_address, f"raylign-{config.name}", on_cpu=config.device == "cpu")
+    )
     try:
         ranks = config.learner.ranks if config.device == "cuda" else 0
         check_gpus({"learner.ranks": ranks}, host.num_gpus)

@@ -18,6 +18,8 @@ from tests.test_import_layers import ROOT, SOURCES, parsed
 # ---- where a rule may be broken, and why
 
 RUNS_WHAT_IT_IS_GIVEN = {
+    "cluster/fork_server.py:_import": "its own list of modules",
+    "cluster/fork_server.py:_become": "the script that Ray starts its workers with",
     "learner/checkpoint.py:load": "cluster/launch.py has verified digests and run_id",
     "learner/hf_folder.py:export_checkpoint": "cluster/export.py has verified the digests",
     "reward_service/rules.py:load_function": "the user's own reward function, named in the config",
@@ -45,6 +47,7 @@ WAITS = {
     "reward_service/rules.py:_in_daemon_thread": "the service's deadline_s",
     "reward_service/service.py:RewardService.score": "every batch is settled within deadline_s",
     "reward_service/service.py:RewardService.close": "tasks that were cancelled",
+    "cluster/fork_server.py:_serve": "a client is there, and the server ends with its driver",
     "cluster/generator_group.py:GeneratorGroup._changed": "raced against a poll with a deadline",
     "cluster/generator_group.py:GeneratorGroup.or_lost": "awaits a question, which has a deadline",
     "cluster/generator_group.py:GeneratorGroup.push": "held during questions with deadlines",
