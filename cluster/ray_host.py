@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster import ray_auth
 from cluster.config import BadInput
 from cluster.placement import Member, RoleFailed, ask
 from cluster.processes import kill_worker, stack_of
@@ -21,13 +22,17 @@ class RayHost:
     death for seconds, and bring back no state."""
 
     def __init__(self, address: str | None, namespace: str) -> None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = address or os.environ.get("RAY_ADDRESS")
-        if address is None:
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        own = address == "local"
+        if own:
+            ray_auth.guard_own()
             # Read when ray is imported. Without it Ray takes the machine's outer address for its
             # own, whatever address it is given, and listens on every interface.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        else:
+            _probe(address)
+            ray_auth.prepare_to_join(address)
         import ray
 
         self._ray = ray
@@ -38,13 +43,12 @@ class RayHost:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
-        if address is None:
+        if own:
             # A Ray of our own: loopback only, without the dashboard, which costs seconds to start.
             ray.init(
                 address="local", _node_ip_address="127.0.0.1", include_dashboard=False, **common
             )
         else:
-            _probe(address)
             ray.init(address=address, **common)
 
     def start(
@@ -164,7 +168,7 @@ def _probe(address: str) -> None:
     """Refuse a dead address at once: Ray itself would retry for minutes."""
     import socket
 
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:

@@ -36,6 +36,7 @@ CANARIES = {
     "JUDGE": "canary-of-the-endpoint",  # named as a secret by token_env alone
     "AWS_SECRET_ACCESS_KEY": "canary-of-the-cloud",
     "HF_TOKEN": "canary-of-the-hub",
+    "RAY_AUTH_TOKEN": "canary-of-ray",
 }
 
 
@@ -211,7 +212,7 @@ def test_a_run_that_fails_with_a_secret_in_the_error_keeps_it(
     Endpoint.num_calls = 1
     code, said = raylign("train", path, "--in-process")
     assert code == 3
-    assert "ValueError: *** *** ***" in said
+    assert "ValueError: *** *** *** ***" in said
     assert_clean(said, "the terminal")
     assert "*** *** ***" in json.loads((world / "runs/tiny/status.json").read_text())["error"]
     _, said = raylign("status", "tiny")
