@@ -18,6 +18,7 @@ import pytest
 from cluster import ray_auth
 from cluster.placement import Member, RoleFailed, ask, ask_beside
 from cluster.ray_host import RayHost
+from reward_service.sandbox import IsolationMissing, require_isolation, run_python
 
 LARGE = 300_000  # beyond what Ray sends along with the answer: it lies in the object store
 
@@ -31,6 +32,12 @@ class Worker:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+class Programs:
+    async def run(self, code: str) -> str:
+        done = await run_python(code)
+        return done.stdout + done.stderr
 
 
 class Reader:
@@ -92,6 +99,18 @@ async def test_its_token_is_in_no_file_and_no_command_line(host: RayHost) -> Non
     written = [p for p in Path(session(host)).rglob("*") if p.is_file() and not p.is_socket()]
     assert len(written) > 5
     assert not [path for path in written if token.encode() in path.read_bytes()]
+
+
+async def test_code_of_a_model_runs_below_an_actor_and_sees_nothing_of_it(host: RayHost) -> None:
+    try:
+        require_isolation()
+    except IsolationMissing as error:
+        pytest.skip(str(error))
+    member = start(host, Programs)
+    code = "import os\nprint(dict(os.environ), os.listdir('/work'), os.path.exists('/tmp/ray'))"
+    said = await ask(member, member.handle.run, code, within=60)
+    assert said.endswith("['main.py'] False\n")
+    assert "RAY" not in said
 
 
 def session(host: RayHost) -> str:
