@@ -28,6 +28,7 @@ from actors.weight_update import WeightLayout, WeightUpdate
 from cluster import cli, deployment, submit
 from cluster.redaction import hide, printable
 from cluster.roles import RolloutSpec, settle_in
+from cluster.stop import ENDING_S
 from reward_service.client import RewardClient
 from tests import tiny
 from tests.learner_cases import mesh
@@ -243,7 +244,9 @@ def test_a_job_is_sent_without_the_environment(
     assert code == 0, said
     assert sent["entrypoint"] == f"python -m cluster.cli train {path} --resume --trust-checkpoint"
     assert sent["metadata"] == {"job_name": "tiny"}
-    assert sent["runtime_env"]["env_vars"].keys() == {"RAY_JOB_STOP_WAIT_TIME_S", "RAYLIGN_HOME"}
+    variables = sent["runtime_env"]["env_vars"]
+    assert variables.keys() == {"RAY_JOB_STOP_WAIT_TIME_S", "RAYLIGN_HOME"}
+    assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) == 120 + ENDING_S  # stop_grace_s, and the end
     assert ".env" in sent["runtime_env"]["excludes"]
     assert_clean(str(sent), "the job")
     assert_clean(said, "the terminal")
