@@ -221,6 +221,23 @@ def test_a_run_that_fails_with_a_secret_in_the_error_keeps_it(
     assert_nothing_written_holds_one(world / "runs")
 
 
+def test_a_refused_step_leaves_a_bundle_without_a_secret(
+    world: Path, policy: Path, endpoint: dict[str, Any], raylign: Callable[..., tuple[int, str]]
+) -> None:
+    refuse = {"grad_norm": 1e-12, "max_in_a_row": 1}
+    path = config(world, policy, {"reward.scorer": endpoint, "ppo.refuse": refuse})
+    Endpoint.num_calls = 1
+    code, said = raylign("train", path, "--in-process")
+    assert code == 3
+    assert "1 in a row" in said
+    (bundle,) = (world / "runs/tiny/replay").iterdir()
+    assert {"config.yaml", "batch.parquet", "refusal.json"} < {p.name for p in bundle.iterdir()}
+    code, replayed = raylign("replay", str(bundle))
+    assert code == 0, replayed
+    assert_clean(said + replayed, "the terminal")
+    assert_nothing_written_holds_one(world / "runs")
+
+
 def test_a_job_is_sent_without_the_environment(
     world: Path, policy: Path, endpoint: dict[str, Any], raylign: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,
