@@ -148,7 +148,7 @@ def submit(
     }
     flags = [name for name, on in given.items() if on]
     flags += ["--max-restarts", str(max_restarts)] if max_restarts else []
-    sys.exit(submit_job(loaded.name, config, overrides or [], flags, address, follow=follow))
+    sys.exit(submit_job(loaded, config, overrides or [], flags, address, follow=follow))
 
 
 @app.command()

@@ -126,6 +126,8 @@ class RunConfig(LearnerStageConfig):
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    # From a SIGTERM or SIGINT on, for the step at hand and a checkpoint; then the step is abandoned.
+    stop_grace_s: PositiveFloat = 120.0
     ping_timeout_s: PositiveFloat = 30.0  # a role that does not answer for so long is stuck
     self_check: SelfCheckConfig = SelfCheckConfig()
     warn: WarnConfig = WarnConfig()

@@ -49,6 +49,7 @@ from cluster.ray_host import RayHost
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles
+from cluster.stop import abandon, ask_to_stop
 from cluster.summary import finish
 from cluster.supervisor import Supervisor
 from cluster.train import train
@@ -125,26 +126,36 @@ async def _run(
     files.status("starting", step=0, num_steps=config.num_steps)
     deployment = Deployment(config, inputs, host, files.folder.resolve() / "logs")
     run = _wire(deployment, files, view, metrics, started)
+    work = asyncio.create_task(_work(run, checkpoint))
     loop = asyncio.get_running_loop()
     for received in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
-        loop.add_signal_handler(received, _ask_to_stop, run, received)
+        loop.add_signal_handler(received, ask_to_stop, run, received, work)
     watch = asyncio.create_task(watch_rewards(run))
     beat = asyncio.create_task(files.beat(BEAT_S))
     run.supervisor.watched += [watch, beat]
     try:
-        await bring_up(run, checkpoint)
-        await _train(run)
-        await finish(run)
-        return 128 + run.stopped_by if run.stopped_by is not None else 0
+        await work
+    except asyncio.CancelledError:
+        if run.stopped_by is None:
+            raise
+        abandon(run)
     finally:
         with contextlib.suppress(Exception):  # begun is worth ending, whatever else has failed
             await asyncio.wait_for(run.checkpointed(), LAST_CHECKPOINT_S)
+        await run.forget_checkpoint()
         watch.cancel()
         beat.cancel()
         await run.supervisor.close()
         metrics.close()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(host.stop(deployment.members), 15.0)
+    return 128 + run.stopped_by if run.stopped_by is not None else 0
+
+
+async def _work(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
+    await bring_up(run, checkpoint)
+    await _train(run)
+    await finish(run)
 
 
 async def _train(run: Run) -> None:
@@ -247,12 +258,6 @@ def _generator_event(files: RunFiles, view: LiveView, event: str, facts: dict[st
             view.note(facts["stack"])
     else:
         view.note(f"{facts['generator']} is there, {facts['seconds']:g} s after the loss")
-
-
-def _ask_to_stop(run: Run, received: signal.Signals) -> None:
-    run.view.note(f"{received.name}: finishing the step at hand, then a checkpoint")
-    run.stopped_by = received
-    run.stop.set()
 
 
 def _process_start() -> float:

@@ -8,8 +8,11 @@ people start by `ray start`, with all of these.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
+
+from cluster import ray_auth
 
 UNASKED = ("start_monitor", "start_log_monitor", "start_api_server")
 CONFIG = {
@@ -20,9 +23,16 @@ CONFIG = {
 }
 
 
+def prepare() -> None:
+    """Before ray is imported."""
+    ray_auth.guard_own()
+    # Without it Ray takes the machine's outer address for its own, whatever address it is given, and
+    # listens on every interface.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 def start(ray: Any, **options: Any) -> None:
-    """ray.init of a new Ray. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 must have been set before ray was
-    imported: else Ray listens on every interface, whatever address it is given."""
+    """ray.init of a new Ray."""
     with _without_the_unasked():
         ray.init(
             address="local",

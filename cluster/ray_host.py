@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster import own_ray
+from cluster import own_ray, ray_auth
 from cluster.config import BadInput
 from cluster.fork_server import ForkServer
 from cluster.placement import Member, RoleFailed, ask
@@ -24,14 +24,14 @@ class RayHost:
     death for seconds, and bring back no state."""
 
     def __init__(self, address: str | None, namespace: str, *, on_cpu: bool = False) -> None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = address or os.environ.get("RAY_ADDRESS")
-        if address is None:
-            # Read when ray is imported. Without it Ray takes the machine's outer address for its
-            # own, whatever address it is given, and listens on every interface.
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        own = address is None
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        own = address == "local"
+        if own:
+            own_ray.prepare()
+        else:
+            _probe(address)
+            ray_auth.prepare_to_join(address)
         self._forks = ForkServer(_python_path()) if own and on_cpu else None
         import ray
 
@@ -43,10 +43,9 @@ class RayHost:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
-        if address is None:
+        if own:
             own_ray.start(ray, **common)
         else:
-            _probe(address)
             ray.init(address=address, **common)
 
     def start(
@@ -171,7 +170,7 @@ def _probe(address: str) -> None:
     """Refuse a dead address at once: Ray itself would retry for minutes."""
     import socket
 
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:

@@ -60,6 +60,7 @@ class Run:
     num_too_long: int = 0  # prompts that were dropped before the first step
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     stopped_by: int | None = None  # the signal's number
+    stop_asked_at: float = 0.0  # time.monotonic
     step: int = 0
     published: int = 0  # the newest version that was written for the generators
     saved_step: int | None = None  # of the newest checkpoint that this process has written
@@ -179,10 +180,15 @@ class Run:
             self._saving = asyncio.create_task(self._end(save, started, stall_s))
 
     async def checkpointed(self) -> None:
-        """Once the checkpoint that was begun last is written, or given up."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            await saving
+        """Once the checkpoint that was begun last is written, or given up. It goes on being written if
+        nobody waits for it any more."""
+        if (saving := self._saving) is None:
+            return
+        try:
+            await asyncio.shield(saving)
+        finally:
+            if saving.done() and self._saving is saving:
+                self._saving = None
 
     async def forget_checkpoint(self) -> None:
         """Wait no more for one whose learner is lost."""

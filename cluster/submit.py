@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from cluster.config import BadInput
+from cluster.config import BadInput, RunConfig
+from cluster.stop import ENDING_S
 
-STOP_GRACE_S = 120  # Ray's own 3 s would cut off the checkpoint
 EXCLUDES = ["runs/", "data/", ".venv/", "*.log", ".env"]
 
 
 def submit_job(
-    name: str, config: Path, overrides: list[str], flags: list[str], address: str, *, follow: bool
+    run: RunConfig,
+    config: Path,
+    overrides: list[str],
+    flags: list[str],
+    address: str,
+    *,
+    follow: bool,
 ) -> int:
     """Submit from the working directory; returns 0, or 3 if the job failed.
 
@@ -30,12 +37,13 @@ def submit_job(
     words = ["python", "-m", "cluster.cli", "train", str(config), *overrides, *flags]
     job = client.submit_job(
         entrypoint=" ".join(_quoted(word) for word in words),
-        metadata={"job_name": name},
+        metadata={"job_name": run.name},
         runtime_env={
             "working_dir": ".",
             "excludes": EXCLUDES,
             "env_vars": {
-                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S),
+                # Ray's own 3 s, and then kill -9, would cut off the checkpoint.
+                "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(run.stop_grace_s + ENDING_S)),
                 "RAYLIGN_HOME": os.getcwd(),
             },
         },

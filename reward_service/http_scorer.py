@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
@@ -24,7 +24,7 @@ from reward_service.api import (
     ScoreTimeout,
     one_line,
 )
-from reward_service.config import HttpScorerConfig
+from reward_service.config import SECRET_NAME, HttpScorerConfig
 from reward_service.rules import as_result
 
 
@@ -137,6 +137,11 @@ def checked_address(config: HttpScorerConfig) -> str:
         raise ValueError("scorer url: not an http address; give https://HOST/PATH")
     if url.username is not None or url.password is not None:
         raise ValueError("scorer url: holds a user or a password; use token_env instead")
+    for name, _ in parse_qsl(url.query):
+        if SECRET_NAME.search(
+            name
+        ):  # the config is stored as it is, with the run and each checkpoint
+            raise ValueError(f"scorer url: {name} in its query is a secret; use token_env instead")
     if url.scheme == "http" and not _is_loopback(host):
         raise ValueError(
             f"scorer url: http to {host} is not encrypted; use https, or a loopback host"

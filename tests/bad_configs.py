@@ -243,6 +243,10 @@ CASES: dict[str, Case] = {
         {"reward.scorer": {"kind": "http", "url": "http://example.org/score"}},
         "reward.scorer: ", "https", "example.org",
     ),
+    "a reward address with a secret in it": changes(
+        {"reward.scorer": {"kind": "http", "url": "https://example.org/?api_key=abc"}},
+        "reward.scorer: ", "api_key", "token_env",
+    ),
     "a reward token that is not set": changes(
         {"reward.scorer": {"kind": "http", "url": "https://example.org", "token_env": "NO_SUCH"}},
         "reward.scorer: ", "NO_SUCH",

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cluster import checkpoints, cli, launch, ray_host, stages, versions
+from cluster import checkpoints, cli, launch, ray_auth, ray_host, stages, versions
 from tests import tiny
 from tests.bad_configs import CASES, Case, World
 
@@ -98,6 +98,14 @@ def with_the_real_ray(world: World, patch: pytest.MonkeyPatch) -> list[str]:
     """It is asked, and refuses before ray.init."""
     patch.setattr(launch, "RayHost", ray_host.RayHost)
     return ["train", run_config(world, {"ray_address": "127.0.0.1:1"})]
+
+
+def with_a_ray_that_wants_a_token(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    """As the one that is not there, but something answers, and refuses all it is sent."""
+    patch.setenv(ray_auth.MODE, "disabled")
+    patch.setattr(ray_host, "_probe", lambda address: None)
+    patch.setattr(ray_auth, "_refuses", lambda address, token: True)
+    return with_the_real_ray(world, patch)
 
 
 def with_few_gpus(world: World, patch: pytest.MonkeyPatch) -> list[str]:
@@ -199,6 +207,9 @@ def nothing(_: Path, __: Path) -> None:
 
 TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     "a Ray that is not there": Kind(with_the_real_ray, ("ray_address", "nothing answers")),
+    "a Ray that wants a token": Kind(
+        with_a_ray_that_wants_a_token, ("ray_address", "wants a token", "RAY_AUTH_TOKEN_PATH")
+    ),
     "more GPUs than there are": Kind(
         with_few_gpus, ("5 GPUs", "4 for generators", "the cluster has 1", "lower the counts")
     ),

@@ -282,6 +282,21 @@ async def test_a_run_goes_on_while_its_checkpoint_is_written(world: World) -> No
     assert 0 < event["stall_s"] < event["seconds"]
 
 
+async def test_one_that_nobody_waits_for_any_more_is_written_all_the_same(world: World) -> None:
+    world.learner.is_written = False
+    world.run.step = 3
+    await world.run.checkpoint()
+    waiting = asyncio.create_task(world.run.checkpointed())
+    await asyncio.sleep(0)
+    waiting.cancel()  # as a stop does that takes too long
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    world.learner.is_written = True
+    await world.run.checkpointed()
+    assert world.run.saved_step == 3
+    assert newest_intact(world.files.folder)[0] is not None
+
+
 async def test_one_that_is_refused_late_is_not_the_last_one(world: World) -> None:
     world.learner.is_written = False
     world.run.step = 3

@@ -219,6 +219,7 @@ async def test_metadata_that_json_cannot_carry_is_a_typed_failure() -> None:
         "http://127.0.0.1@judge.example.com/score",
         "http://localhost.example.com/score",
         "https://user:password@judge.example.com/",
+        "https://judge.example.com/score?model=large&api_key=canary-of-the-query",
         "ftp://127.0.0.1/",
         "judge.example.com",
         "https://",
@@ -227,13 +228,19 @@ async def test_metadata_that_json_cannot_carry_is_a_typed_failure() -> None:
     ],
 )
 def test_addresses_that_are_not_safe_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="scorer url"):
+    with pytest.raises(ValueError, match="scorer url") as refused:
         HttpScorer(HttpScorerConfig(kind="http", url=url))
+    assert "canary" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     "url",
-    ["https://judge.example.com/x", "http://localhost:1/", "http://[::1]:1/", "http://127.0.0.2/"],
+    [
+        "https://judge.example.com/x?model=large",
+        "http://localhost:1/",
+        "http://[::1]:1/",
+        "http://127.0.0.2/",
+    ],
 )
 def test_https_and_loopback_addresses_are_taken(url: str) -> None:
     HttpScorer(HttpScorerConfig(kind="http", url=url))

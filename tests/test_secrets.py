@@ -28,6 +28,7 @@ from actors.weight_update import WeightLayout, WeightUpdate
 from cluster import cli, deployment, submit
 from cluster.redaction import hide, printable
 from cluster.roles import RolloutSpec, settle_in
+from cluster.stop import ENDING_S
 from reward_service.client import RewardClient
 from tests import tiny
 from tests.learner_cases import mesh
@@ -36,6 +37,7 @@ CANARIES = {
     "JUDGE": "canary-of-the-endpoint",  # named as a secret by token_env alone
     "AWS_SECRET_ACCESS_KEY": "canary-of-the-cloud",
     "HF_TOKEN": "canary-of-the-hub",
+    "RAY_AUTH_TOKEN": "canary-of-ray",
 }
 
 
@@ -211,11 +213,28 @@ def test_a_run_that_fails_with_a_secret_in_the_error_keeps_it(
     Endpoint.num_calls = 1
     code, said = raylign("train", path, "--in-process")
     assert code == 3
-    assert "ValueError: *** *** ***" in said
+    assert "ValueError: *** *** *** ***" in said
     assert_clean(said, "the terminal")
     assert "*** *** ***" in json.loads((world / "runs/tiny/status.json").read_text())["error"]
     _, said = raylign("status", "tiny")
     assert_clean(said, "status")
+    assert_nothing_written_holds_one(world / "runs")
+
+
+def test_a_refused_step_leaves_a_bundle_without_a_secret(
+    world: Path, policy: Path, endpoint: dict[str, Any], raylign: Callable[..., tuple[int, str]]
+) -> None:
+    refuse = {"grad_norm": 1e-12, "max_in_a_row": 1}
+    path = config(world, policy, {"reward.scorer": endpoint, "ppo.refuse": refuse})
+    Endpoint.num_calls = 1
+    code, said = raylign("train", path, "--in-process")
+    assert code == 3
+    assert "1 in a row" in said
+    (bundle,) = (world / "runs/tiny/replay").iterdir()
+    assert {"config.yaml", "batch.parquet", "refusal.json"} < {p.name for p in bundle.iterdir()}
+    code, replayed = raylign("replay", str(bundle))
+    assert code == 0, replayed
+    assert_clean(said + replayed, "the terminal")
     assert_nothing_written_holds_one(world / "runs")
 
 
@@ -242,7 +261,9 @@ def test_a_job_is_sent_without_the_environment(
     assert code == 0, said
     assert sent["entrypoint"] == f"python -m cluster.cli train {path} --resume --trust-checkpoint"
     assert sent["metadata"] == {"job_name": "tiny"}
-    assert sent["runtime_env"]["env_vars"].keys() == {"RAY_JOB_STOP_WAIT_TIME_S", "RAYLIGN_HOME"}
+    variables = sent["runtime_env"]["env_vars"]
+    assert variables.keys() == {"RAY_JOB_STOP_WAIT_TIME_S", "RAYLIGN_HOME"}
+    assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) == 120 + ENDING_S  # stop_grace_s, and the end
     assert ".env" in sent["runtime_env"]["excludes"]
     assert_clean(str(sent), "the job")
     assert_clean(said, "the terminal")

@@ -22,6 +22,7 @@ RUNS_WHAT_IT_IS_GIVEN = {
     "cluster/fork_server.py:_become": "the script that Ray starts its workers with",
     "learner/checkpoint.py:load": "cluster/launch.py has verified digests and run_id",
     "learner/hf_folder.py:export_checkpoint": "cluster/export.py has verified the digests",
+    "reward_service/sandbox_child.py:start": "code that a model wrote, isolated by then",
     "reward_service/rules.py:load_function": "the user's own reward function, named in the config",
 }
 
@@ -43,6 +44,7 @@ WAITS = {
     "reward_service/http_scorer.py:HttpScorer._post": "the session's total timeout, timeout_s",
     "reward_service/http_scorer.py:HttpScorer._read": "the session's total timeout, timeout_s",
     "reward_service/reward_model.py:RewardModelScorer.score": "the service's deadline_s",
+    "reward_service/sandbox_child.py:start": "end_by ends init at the deadline",
     "reward_service/rules.py:FunctionScorer._call": "the service's deadline_s",
     "reward_service/rules.py:_in_daemon_thread": "the service's deadline_s",
     "reward_service/service.py:RewardService.score": "every batch is settled within deadline_s",
@@ -147,7 +149,9 @@ NO = ast.Constant(False)
 PICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle"}
 RUNNERS = {
     "eval", "exec", "compile", "builtins.eval", "builtins.exec", "builtins.compile", "__import__",
-    "importlib.import_module", "os.system", "os.popen", "runpy.run_path", "runpy.run_module",
+    "importlib.import_module", "os.system", "os.popen", "os.execv", "os.execve", "os.execvp",
+    "os.execvpe", "os.execl", "os.execle", "os.execlp", "os.posix_spawn", "os.posix_spawnp",
+    "runpy.run_path", "runpy.run_module",
     "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "pandas.read_pickle",
     "torch.hub.load", "torch.distributed.checkpoint.load",
 }  # fmt: skip
@@ -235,6 +239,7 @@ def test_the_exceptions_to_that_are_those_that_are_needed() -> None:
         "from dill import loads",
         "import os\nos.system(x)",
         "from os import system\nsystem(x)",
+        "import os\nos.execve(python, words, {})",
         "from os import system as run\nrun(x)",
         "subprocess.run(x, shell=True)",
         "subprocess.run(x, shell=config.shell)",

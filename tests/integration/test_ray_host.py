@@ -1,19 +1,24 @@
-"""What the driver holds of an actor's answer stays when the actor is gone."""
+"""A Ray of our own: what the driver holds of an actor's answer stays when the actor is gone, and nobody
+else gets in."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from cluster import ray_auth
 from cluster.placement import Member, RoleFailed, ask, ask_beside
 from cluster.ray_host import RayHost
+from reward_service.sandbox import IsolationMissing, require_isolation, run_python
 
 LARGE = 300_000  # beyond what Ray sends along with the answer: it lies in the object store
 
@@ -29,16 +34,27 @@ class Worker:
         return os.getpid()
 
 
+class Programs:
+    async def run(self, code: str) -> str:
+        done = await run_python(code)
+        return done.stdout + done.stderr
+
+
 class Reader:
     def length(self, table: pa.Table) -> int:
         return len(table)
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[RayHost]:
-    host = RayHost("local", "test-ray-host")
-    yield host
-    host.close()
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHost]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        for name in (ray_auth.MODE, ray_auth.TOKEN, ray_auth.TOKEN_PATH):
+            patch.setenv(name, "")  # so that it is put back
+            patch.delenv(name)
+        host = RayHost("local", "test-ray-host")
+        yield host
+        host.close()
 
 
 def start(host: RayHost, kind: type, *args: Any) -> Member:
@@ -62,3 +78,42 @@ async def test_a_failure_is_raised_with_the_answer(host: RayHost) -> None:
     worker = start(host, Worker)
     with pytest.raises(RoleFailed, match="broken: ValueError: no such token"):
         await ask_beside(worker, worker.handle.broken, within=60)
+
+
+def test_our_own_ray_answers_none_but_us(host: RayHost) -> None:
+    address = host._ray.get_runtime_context().gcs_address
+    assert ray_auth._refuses(address, None)
+    assert ray_auth._refuses(address, "0" * 64)
+    assert not ray_auth._refuses(address, os.environ["RAY_AUTH_TOKEN"])
+
+
+async def test_its_token_is_in_no_file_and_no_command_line(host: RayHost) -> None:
+    token = os.environ["RAY_AUTH_TOKEN"]
+    worker = start(host, Worker)
+    pid = await ask(worker, worker.handle.pid, within=60)
+    assert token in Path(f"/proc/{pid}/environ").read_text()  # which other users can not read
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            assert token.encode() not in command.read_bytes()
+    assert not [*Path(os.environ["HOME"]).rglob("auth_token")]
+    written = [p for p in Path(session(host)).rglob("*") if p.is_file() and not p.is_socket()]
+    assert len(written) > 5
+    assert not [path for path in written if token.encode() in path.read_bytes()]
+
+
+async def test_code_of_a_model_runs_below_an_actor_and_sees_nothing_of_it(host: RayHost) -> None:
+    try:
+        require_isolation()
+    except IsolationMissing as error:
+        pytest.skip(str(error))
+    member = start(host, Programs)
+    code = "import os\nprint(dict(os.environ), os.listdir('/work'), os.path.exists('/tmp/ray'))"
+    said = await ask(member, member.handle.run, code, within=60)
+    assert said.endswith("['main.py'] False\n")
+    assert "RAY" not in said
+
+
+def session(host: RayHost) -> str:
+    """The folder with the logs of Ray's processes."""
+    folder: str = host._ray._private.worker._global_node.get_session_dir_path()
+    return folder

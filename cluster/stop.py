@@ -1,0 +1,41 @@
+"""A stop that was asked for by SIGTERM or SIGINT: the end of the step at hand, or of the grace for it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.run import Run
+
+AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from a parent that passes it on
+ENDING_S = (
+    90.0  # what the grace's end leaves to do: a checkpoint that is being written, and closing
+)
+
+
+def ask_to_stop(run: Run, received: signal.Signals, work: asyncio.Task[Any]) -> None:
+    """First the run is asked to end after the step at hand; once more, or when that takes too long,
+    `work` is cancelled."""
+    if run.stopped_by is None:
+        grace_s = run.config.stop_grace_s
+        run.view.note(
+            f"{received.name}: finishing the step at hand, for which there are {grace_s:g} s, then a "
+            "checkpoint; a second signal ends it now"
+        )
+        run.stopped_by, run.stop_asked_at = received, time.monotonic()
+        run.stop.set()
+        asyncio.get_running_loop().call_later(grace_s, work.cancel)
+    elif time.monotonic() - run.stop_asked_at > AGAIN_S:
+        work.cancel()
+
+
+def abandon(run: Run) -> None:
+    """Say that the step at hand was not waited for."""
+    run.files.event("run_finished", status="stopped", step=run.step)
+    run.files.status("stopped", step=run.step, num_steps=run.config.num_steps)
+    run.view.note(
+        "ended before the step at hand was done; --resume goes on from the last checkpoint, if there is one"
+    )

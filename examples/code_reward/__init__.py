@@ -1,0 +1,1 @@
+"""A reward for programs: completions are run in the sandbox."""
