@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ class PromptStream:
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffled(epoch))
         self.cursor += 1
-        return replace(self._prompts[self._order[1][place]], epoch=epoch)
+        return self._prompts[self._order[1][place]].of_epoch(epoch)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

@@ -67,6 +67,12 @@ class Prompt:
     def key(self) -> Key:
         return self.prompt_id, self.epoch
 
+    def of_epoch(self, epoch: int) -> Prompt:
+        """The same prompt, to be rolled out in another epoch."""
+        if epoch == self.epoch:
+            return self
+        return Prompt(self.prompt_id, epoch, self.text, self.ids, self.answer, self.metadata)
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
