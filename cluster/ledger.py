@@ -11,8 +11,10 @@ where those it would leave behind could not all be consumed in time (`ready`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from actors.trajectory import Key, Prompt
@@ -39,6 +41,8 @@ class Ledger:
         self._leases: dict[Key, Lease] = {}
         self._next_number = 0
         self._num_finished = 0
+        self._num_out: Counter[int] = Counter()  # by the version they were leased at
+        self._num_done: Counter[int] = Counter()  # of these, finished
         self._in_step: list[Key] = []  # what was consumed last
         self.num_leased = 0  # ever, drops not counted
         self.num_consumed = 0
@@ -51,46 +55,57 @@ class Ledger:
     def lease(self, prompt: Prompt, version: int) -> None:
         key = prompt.key
         assert key not in self._leases, f"{key} is out already"
-        self._leases[key] = Lease(prompt, self._next_number, version)
-        self._next_number += 1
+        self._add(Lease(prompt, self._next_number, version))
         self.num_leased += 1
 
     def finish(self, key: Key) -> None:
         lease = self._leases[key]
         assert not lease.finished, f"{key} finished twice"
         lease.finished = True
+        self._num_done[lease.version] += 1
         self._num_finished += 1
 
     def drop(self, key: Key) -> None:
         """Given up: its place may be taken by another prompt."""
-        assert not self._leases.pop(key).finished, f"{key} was finished, and cannot be dropped"
+        assert not self._remove(key).finished, f"{key} was finished, and cannot be dropped"
         self.num_leased -= 1
         self.num_dropped += 1
 
     def ready(self, version: int) -> list[Key] | None:
-        """The prompts of the next step, oldest first; None while a step has to wait."""
+        """The prompts of the next step, oldest first; None while a step has to wait. Cheap to ask: it is
+        whenever a prompt is finished."""
         if self._num_finished < self._per_step:
             return None
-        by_age = list(self._leases.items())  # leases are added, and restored, in their order
-        if self._in_order and not all(lease.finished for _, lease in by_age[: self._per_step]):
+        leases = self._leases.items()  # added, and restored, in their order
+        if self._in_order and not all(one.finished for _, one in islice(leases, self._per_step)):
             return None
-        keys = [key for key, lease in by_age if lease.finished][: self._per_step]
-        taken = set(keys)
-        left = [lease for key, lease in by_age if key not in taken]
-        for place, lease in enumerate(left):
-            consumed_at = version + 1 + place // self._per_step  # if steps take the oldest first
-            if consumed_at - lease.version > self.max_staleness:
-                assert self.outstanding(), (
-                    "prompts can only be consumed too stale; nothing is awaited"
-                )
-                return None
-        return keys
+        if self._leaves_too_old(version):
+            assert len(self) > self._num_finished, (
+                "prompts can only be consumed too stale; nothing is awaited"
+            )
+            return None
+        finished = (key for key, lease in leases if lease.finished)
+        return [*islice(finished, self._per_step)]
+
+    def _leaves_too_old(self, version: int) -> bool:
+        """Whether a step now, of the oldest that are finished, would leave some behind that the steps
+        after it, taking the oldest first, too, could not all consume in time.
+
+        Those leased at v or before come first, L of them after this step; the last of them is consumed
+        at version + 1 + (L - 1) // per_step, which must be v + max_staleness or less."""
+        out = done = 0
+        for leased_at in sorted(self._num_out):
+            out += self._num_out[leased_at]
+            done += self._num_done[leased_at]
+            left = out - min(done, self._per_step)
+            if left > (leased_at + self.max_staleness - version) * self._per_step:
+                return True
+        return False
 
     def consume(self, keys: Iterable[Key]) -> None:
         self._in_step = [*keys]
         for key in self._in_step:
-            assert self._leases.pop(key).finished, f"{key} was not finished"
-            self._num_finished -= 1
+            assert self._remove(key).finished, f"{key} was not finished"
             self.num_consumed += 1
 
     def refuse(self, keys: Iterable[Key]) -> None:
@@ -113,14 +128,18 @@ class Ledger:
 
     def clear(self) -> None:
         """As if nothing had ever been leased."""
-        self._leases.clear()
+        for counts in (self._leases, self._num_out, self._num_done):
+            counts.clear()
         self._next_number = self._num_finished = 0
         self.num_leased = self.num_consumed = self.num_dropped = 0
 
     def num_awaited(self, version: int) -> int:
         """Prompts that were leased at an older version and are not finished."""
-        leases = self._leases.values()
-        return sum(not lease.finished and lease.version < version for lease in leases)
+        return sum(
+            number - self._num_done[leased_at]
+            for leased_at, number in self._num_out.items()
+            if leased_at < version
+        )
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -141,6 +160,20 @@ class Ledger:
         self.num_dropped = state["num_dropped"]
         for saved in sorted(state["leases"], key=lambda lease: lease["number"]):
             prompt = Prompt(**{**saved["prompt"], "ids": tuple(saved["prompt"]["ids"])})
-            self._leases[prompt.key] = Lease(**{**saved, "prompt": prompt})
-            self._num_finished += saved["finished"]
-            self._next_number = saved["number"] + 1
+            self._add(Lease(**{**saved, "prompt": prompt}))
+
+    def _add(self, lease: Lease) -> None:
+        self._leases[lease.prompt.key] = lease
+        self._num_out[lease.version] += 1
+        self._num_done[lease.version] += lease.finished
+        self._num_finished += lease.finished
+        self._next_number = lease.number + 1
+
+    def _remove(self, key: Key) -> Lease:
+        lease = self._leases.pop(key)
+        self._num_finished -= lease.finished
+        self._num_done[lease.version] -= lease.finished
+        self._num_out[lease.version] -= 1
+        if not self._num_out[lease.version]:
+            del self._num_out[lease.version], self._num_done[lease.version]
+        return lease

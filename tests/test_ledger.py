@@ -138,6 +138,18 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(self.leased) <= (1 + self.bound) * self.n
 
     @invariant()
+    def a_step_is_ready_exactly_if_those_it_leaves_can_be_consumed_in_time(self) -> None:
+        by_age = list(self.leased)
+        keys = [key for key in by_age if key in self.finished][: self.n]
+        left = [self.leased[key] for key in by_age if key not in keys]
+        in_time = all(
+            self.version + 1 + place // self.n - leased_at <= self.bound
+            for place, leased_at in enumerate(left)
+        )
+        full = len(keys) == self.n and in_time
+        assert self.ledger.ready(self.version) == (keys if full else None)
+
+    @invariant()
     def a_full_ledger_that_waits_for_nothing_is_ready(self) -> None:
         if not self.under_way and len(self.finished) >= self.n:
             assert self.ledger.ready(self.version) is not None
