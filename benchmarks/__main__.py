@@ -20,6 +20,7 @@ SCRIPTS = (
     "weight_push",
     "control_plane",
     "startup",
+    "checkpoint",
     "overlap",
     "growth",
     "peers.run",

@@ -73,7 +73,7 @@ def train(
     """PPO: generate, score, update, publish. Starts a Ray of its own, or joins the job's."""
     loaded = _load(config, overrides, RunConfig)
     if max_restarts:
-        from cluster.restarts import run_again
+        from cluster.restarts import heartbeat_deadline_s, run_again
 
         given = {
             "--in-process": in_process,
@@ -83,7 +83,10 @@ def train(
         }
         flags = [name for name, on in given.items() if on]
         words = [str(config), *(overrides or []), *flags]
-        sys.exit(run_again(words, loaded.run_dir, max_restarts=max_restarts))
+        heartbeat_s = heartbeat_deadline_s(loaded.ping_timeout_s)
+        sys.exit(
+            run_again(words, loaded.run_dir, max_restarts=max_restarts, heartbeat_s=heartbeat_s)
+        )
     if in_process:
         _one_process(loaded)
     from cluster.launch import run_ppo

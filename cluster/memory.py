@@ -126,9 +126,10 @@ def _learner(config: RunConfig, shapes: Shapes, longest: int) -> Need:
     working = _working(config, largest if separate else shapes.policy, longest)
     if microbatches(config, longest) > 1:  # summed over ranks with the last one only
         working["gradients not yet summed"] = FLOAT32 * trained
-    host: dict[str, int] = {}
+    state = (FLOAT32 + MOMENTS) * trained // learner.ranks
+    host = {"copy that checkpoints are written from": state}
     if ppo.epochs * ppo.minibatches > 1:
-        host["copy to undo a step"] = (FLOAT32 + MOMENTS) * trained // learner.ranks
+        host["copy to undo a step"] = state
     if learner.dtype == "bfloat16" and config.device == "cpu":
         host["bfloat16 on CPU"] = BFLOAT16_ON_CPU
     device = working if learner.cpu_offload else waiting | working

@@ -2,8 +2,8 @@
 it failed or was killed.
 
 Only a run that failed (exit code 3) or whose process died is started again. Bad input, a stop that
-was asked for and the end are passed on. A driver that does nothing any more is killed first: it
-writes its heartbeat into status.json, whatever it waits for.
+was asked for and the end are passed on. A driver that does nothing any more is killed first: once it is
+up it writes its heartbeat into status.json, whatever it waits for.
 """
 
 from __future__ import annotations
@@ -19,18 +19,31 @@ from types import FrameType
 from cluster.processes import stack_of
 
 CHECK_S = 1.0
-HEARTBEAT_S = 60.0  # a driver that has not beaten for so long does nothing any more
+LEAST_HEARTBEAT_S = 10.0  # two beats
+START_S = 600.0  # until the first
 FAILED = 3
 TRAIN = (sys.executable, "-m", "cluster.cli", "train")
 
 
+def heartbeat_deadline_s(ping_timeout_s: float) -> float:
+    """A driver that has not beaten for so long does nothing any more. It may wait for a role in vain for
+    `ping_timeout_s`, which does not keep it from beating."""
+    return max(LEAST_HEARTBEAT_S, 2 * ping_timeout_s)
+
+
 def run_again(
-    words: list[str], run_dir: Path, *, max_restarts: int, heartbeat_s: float = HEARTBEAT_S
+    words: list[str],
+    run_dir: Path,
+    *,
+    max_restarts: int,
+    heartbeat_s: float,
+    start_s: float = START_S,
 ) -> int:
-    """`words`: of the train command. Returns its exit code, of the last attempt."""
+    """`words`: of the train command. Returns its exit code, of the last attempt. `heartbeat_s`: within
+    which a driver must beat; `start_s`: for the first time."""
     attempts = 0
     while True:
-        code = _Attempt(words, run_dir, heartbeat_s).wait()
+        code = _Attempt(words, run_dir, heartbeat_s, start_s).wait()
         if code != FAILED and code >= 0:
             return code
         if attempts == max_restarts:
@@ -51,9 +64,9 @@ def run_again(
 class _Attempt:
     """One child process. Signals that ask for a stop are passed on to it."""
 
-    def __init__(self, words: list[str], run_dir: Path, heartbeat_s: float) -> None:
+    def __init__(self, words: list[str], run_dir: Path, heartbeat_s: float, start_s: float) -> None:
         self._status = run_dir / "status.json"
-        self._heartbeat_s = heartbeat_s
+        self._heartbeat_s, self._start_s = heartbeat_s, start_s
         self._started = time.time()
         self._process = subprocess.Popen([*TRAIN, *words])
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,20 +77,25 @@ class _Attempt:
             try:
                 return self._process.wait(CHECK_S)
             except subprocess.TimeoutExpired:
-                if (silent_s := self._silent_s()) > self._heartbeat_s:
-                    self._end(silent_s)
+                self._watch()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._process.send_signal(number)
 
-    def _silent_s(self) -> float:
-        """Since the last heartbeat of this attempt; 0 before the first."""
+    def _watch(self) -> None:
+        """End it if it has been silent for too long."""
+        beat = self._last_beat()
+        silent_s = time.time() - (beat or self._started)
+        if silent_s > (self._heartbeat_s if beat else self._start_s):
+            self._end(silent_s)
+
+    def _last_beat(self) -> float:
+        """Of this attempt; 0 before the first."""
         try:
-            status = json.loads(self._status.read_text())
+            beat = json.loads(self._status.read_text()).get("heartbeat_at") or 0.0
         except (OSError, ValueError):
             return 0.0
-        beat = status.get("heartbeat_at") or 0.0
-        return time.time() - beat if beat > self._started else 0.0
+        return beat if beat > self._started else 0.0
 
     def _end(self, silent_s: float) -> None:
         import asyncio

@@ -170,10 +170,10 @@ class Run:
         """Begin one of the state as it is now, if the newest is not of this step; it is written beside
         what comes next. One that the disk refuses is given up, and the next is tried when it is due; but
         the run cannot go on without its last one: then CheckpointFailed."""
+        started = time.perf_counter()
         await self.checkpointed()
         if self.saved_step == self.step:
             return
-        started = time.perf_counter()
         save = run_state.Save(self)
         if await save.begin():
             stall_s = self.spent("checkpoint", time.perf_counter() - started)

@@ -56,6 +56,6 @@ async def train(run: Run) -> None:
         if last or run.step % config.checkpoint.every == 0:
             await run.checkpoint()
     await run.proved()
-    if run.over:
+    if run.stop.is_set():
         await run.checkpoint()
     await run.checkpointed()

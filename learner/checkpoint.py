@@ -1,7 +1,8 @@
 """Saves and loads the learner through torch's distributed checkpoint: exact, and for any rank count.
 
 A save copies the state, which takes as long as a copy in memory does, and writes the copy in a thread
-while the learner goes on.
+while the learner goes on. The copy's memory is kept for the next one: to get new memory from the system
+takes several times as long as to copy.
 
 The folder's manifest (cluster side) is written last and names every file's digest; a folder is opened
 only after its digests were verified, because torch's metadata file holds a pickle.
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from learner.ppo_update import PPOUpdate
 
@@ -64,16 +67,64 @@ class _RunState:
         torch.set_rng_state(state["rng"])
 
 
+class Copy(AsyncStager):
+    """What is written: a copy on the CPU, in the same memory at every save."""
+
+    should_synchronize_after_execute = False  # it is made when `stage` returns
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] | None = None
+
+    @torch.no_grad()
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self._kept is None:
+            first = DefaultStager(StagingOptions(False, False, False, False)).stage(state_dict)
+            assert isinstance(first, dict)
+            self._kept = first
+        else:
+            self._kept = _copied(state_dict, self._kept)
+        return self._kept
+
+    def synchronize_staging(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _copied(now: Any, kept: Any) -> Any:
+    """`now`, its tensors in the memory of those of `kept`, which has the same ones."""
+    if isinstance(now, dict):
+        return {key: _copied(value, kept[key]) for key, value in now.items()}
+    if isinstance(now, list | tuple):
+        return [_copied(one, old) for one, old in zip(now, kept, strict=True)]
+    if isinstance(now, Tensor):
+        _local(kept).copy_(_local(now))
+        return kept
+    return now
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Save:
     """Every rank's shards on their way into `folder`, which must be new. Made on all ranks alike.
 
-    `group`: of gloo and for saves alone, since the threads' collectives must not mix with the learner's.
-    One save must have ended before the next begins.
+    `copy`: the same for all saves. `group`: of gloo and for saves alone, since the threads' collectives
+    must not mix with the learner's. One save must have ended before the next begins.
     """
 
-    def __init__(self, folder: Path, update: PPOUpdate, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, folder: Path, update: PPOUpdate, copy: Copy, group: dist.ProcessGroup
+    ) -> None:
         with _plain():
-            writing = dcp.async_save(_parts(update), checkpoint_id=str(folder), process_group=group)
+            writing = dcp.async_save(
+                _parts(update),
+                checkpoint_id=str(folder),
+                process_group=group,
+                async_stager=copy,
+            )
         assert isinstance(writing, Future)
         self._writing = writing
 

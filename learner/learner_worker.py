@@ -42,6 +42,7 @@ class LearnerWorker:
         self._rank = rank
         self._publisher: WeightPublisher | None = None
         self._save: checkpoint.Save | None = None
+        self._copy = checkpoint.Copy()
 
     def address(self) -> tuple[str, int]:
         """No collective."""
@@ -141,7 +142,7 @@ class LearnerWorker:
 
     def save(self, folder: str) -> None:
         """Begin to write the state as it is now into `folder`, beside whatever comes next."""
-        self._save = checkpoint.Save(Path(folder), self._update, self._save_group)
+        self._save = checkpoint.Save(Path(folder), self._update, self._copy, self._save_group)
 
     def saved(self) -> bool:
         """Whether what `save` began is written; OSError if the disk refused it. No collective."""

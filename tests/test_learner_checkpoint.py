@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils._pytree import tree_leaves
 
 from learner import checkpoint
 from learner.config import KLConfig
@@ -172,6 +174,23 @@ def test_what_is_learned_while_it_is_written_is_no_part_of_it(name, cases, tmp_p
     fresh = cases[name].start()
     fresh.load(str(tmp_path / "checkpoint"))
     assert same_bytes(everything(fresh), at_save)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_next_one_is_copied_into_the_same_memory_and_holds_its_own_step(name, cases, tmp_path):
+    worker = cases[name].start()
+    saved, places = [], []
+    for step in (1, 2, 3):
+        train(worker, [step], tmp_path)
+        saved.append(everything(worker))
+        write_checkpoint(worker, tmp_path / f"checkpoint-{step}")
+        leaves = tree_leaves(worker._copy._kept)
+        places.append([checkpoint._local(x).data_ptr() for x in leaves if isinstance(x, Tensor)])
+    assert places[0] == places[1] == places[2]
+    for step, expected in enumerate(saved, 1):
+        fresh = cases[name].start()
+        fresh.load(str(tmp_path / f"checkpoint-{step}"))
+        assert same_bytes(everything(fresh), expected)
 
 
 def test_torchs_own_writer_is_understood_too(cases, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import restarts
+from cluster.launch import BEAT_S
 
 # A run that writes down how it was called, and ends as the next line of `plan` says.
 CHILD = """
@@ -24,6 +25,8 @@ with calls.open("a") as file:
     file.write(json.dumps(sys.argv[2:]) + "\\n")
 act = json.loads((folder / "plan.json").read_text())[number]
 (folder / "config.yaml").write_text("")
+if act == "never up":
+    time.sleep(60)
 if act == "stuck":
     (folder / "status.json").write_text(json.dumps({"heartbeat_at": time.time()}))
     time.sleep(60)
@@ -46,7 +49,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ended(folder: Path, *plan: object, max_restarts: int = 3, heartbeat_s: float = 60.0) -> int:
+def ended(
+    folder: Path,
+    *plan: object,
+    max_restarts: int = 3,
+    heartbeat_s: float = 60.0,
+    start_s: float = 60.0,
+) -> int:
     (folder / "plan.json").write_text(json.dumps(plan))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -55,6 +64,7 @@ def ended(folder: Path, *plan: object, max_restarts: int = 3, heartbeat_s: float
             folder,
             max_restarts=max_restarts,
             heartbeat_s=heartbeat_s,
+            start_s=start_s,
         )
     finally:
         for number, handler in handlers.items():
@@ -98,12 +108,25 @@ def test_a_driver_that_stopped_beating_is_ended_and_its_stack_shown(
     assert calls(folder) == [FIRST, AGAIN]
 
 
+def test_a_driver_that_never_came_to_beat_is_ended_too(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(folder, "never up", 0, start_s=2.0) == 0
+    assert "has not moved" in capfd.readouterr().err
+    assert calls(folder) == [FIRST, AGAIN]
+
+
+def test_the_deadline_for_a_heartbeat_follows_the_one_for_an_answer() -> None:
+    assert restarts.heartbeat_deadline_s(30.0) == 60.0
+    assert restarts.heartbeat_deadline_s(0.1) >= 2 * BEAT_S
+
+
 def test_a_stop_is_handed_to_the_run(folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps(["until a signal"]))
     program = (
         "import sys; from pathlib import Path; from cluster import restarts; "
         f"restarts.TRAIN = {restarts.TRAIN!r}; folder = Path({str(folder)!r}); "
-        "sys.exit(restarts.run_again(['ppo.yaml'], folder, max_restarts=3))"
+        "sys.exit(restarts.run_again(['ppo.yaml'], folder, max_restarts=3, heartbeat_s=60.0))"
     )
     process = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 30

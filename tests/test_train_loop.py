@@ -45,6 +45,7 @@ class FakeRun:
         self._stop_at = stop_at
         self._stop_in_take_at = stop_in_take_at
         self._not_saved_at = not_saved_at
+        self._saved_step: int | None = None
         self._refuse_at = [*refuse_at]
         self._evaluate_every = evaluate_every
         self._kl = kl or [0.0] * num_steps
@@ -103,9 +104,15 @@ class FakeRun:
         self._note("warn")
         self.warnings.append(message)
 
-    async def checkpoint(self) -> bool:
+    async def checkpoint(self) -> None:
+        if self._saved_step == self.step:
+            return
         self._note("checkpoint")
-        return self.step not in self._not_saved_at
+        if self.step not in self._not_saved_at:
+            self._saved_step = self.step
+
+    async def checkpointed(self) -> None:
+        self._note("checkpointed")
 
     def steps_of(self, verb: str) -> list[int]:
         return [step for name, step in self.calls if name == verb]
@@ -132,6 +139,7 @@ async def test_a_step_is_take_update_publish_log_and_the_last_one_is_checkpointe
         ("log", 2),
         ("checkpoint", 2),
         ("proved", 2),
+        ("checkpointed", 2),
     ]
 
 
@@ -177,14 +185,15 @@ async def test_checkpoints_come_at_their_interval_and_at_the_end(
 async def test_a_stop_in_the_middle_finishes_the_step_at_hand_and_checkpoints_it() -> None:
     run = await trained(9, stop_at=3)
     assert run.steps_of("log") == [1, 2, 3, 4]
-    assert run.calls[-1] == ("checkpoint", 4)
+    assert run.calls[-2:] == [("checkpoint", 4), ("checkpointed", 4)]
     assert run.step == 4
 
 
 async def test_a_stop_while_waiting_for_rollouts_checkpoints_the_step_before() -> None:
     run = await trained(9, stop_in_take_at=3)
     assert run.steps_of("update") == [0, 1, 2]
-    assert run.calls[-3:] == [("take", 3), ("proved", 3), ("checkpoint", 3)]
+    assert [verb for verb, _ in run.calls[-4:]] == ["take", "proved", "checkpoint", "checkpointed"]
+    assert run.step == 3
 
 
 @pytest.mark.parametrize("every", [1, 2, 4, 100])

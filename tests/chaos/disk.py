@@ -28,7 +28,7 @@ def run(run_dir: Path, scratch: Path, rng: random.Random, count: int) -> list[Fa
             raise AssertionError(f"{kind}: {found} was used, {before} is the newest good one")
         if newest.exists() and not any(newest.name in problem for problem in problems):
             raise AssertionError(f"{kind}: {newest.name} is not named in {problems}")
-        faults.append(Fault(f"disk: {kind}", seconds, seconds))
+        faults.append(Fault(f"checkpoint: {kind}", seconds, seconds))
         shutil.rmtree(copy)
     return faults
 

@@ -1,9 +1,10 @@
-"""kill -9 of the driver at random moments, the run restarting itself; then compared, bit by bit, with
-the same run undisturbed."""
+"""kill -9 and kill -STOP of the driver at random moments, the run restarting itself; then compared, bit by
+bit, with the same run undisturbed. One generator and one rank, so that a restart takes seconds."""
 
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -11,34 +12,40 @@ from typing import Any
 
 import psutil
 
-from tests.chaos.faults import Fault, Hang
-from tests.integration.runs import Workshop, read_lines
+from cluster.restarts import heartbeat_deadline_s
+from tests.chaos.faults import KILL, STOP, Fault, Hang, end, strike
+from tests.chaos.roles import SOON_S
+from tests.integration.runs import Workshop, read_lines, wait_until
 
-RUN_S = 1500.0
-STEPS = 100  # many more than there are kills, or it would end before the last
-
-
-SYNCHRONOUS: dict[str, Any] = {}
-SMALL = {"max_model_len": 64, "max_num_seqs": 8, "kv_cache_bytes": 1 << 25}
-ASYNCHRONOUS = {
-    "max_staleness": 1,
-    "deterministic": True,
-    "generators": {"count": 1, **SMALL},
-    "learner": {"ranks": 1, "timeout_s": 120},
+LIMIT_S = 1500.0
+STEPS = 10_000  # more than it ever comes to: it is stopped
+PING_S = 8.0
+STUCK = "has not moved"  # what is printed of a driver without heartbeats
+MODES: dict[str, dict[str, Any]] = {
+    "synchronous": {},
+    "asynchronous": {"max_staleness": 1, "deterministic": True},
 }
 
 
 def run(
-    shop: Workshop, rng: random.Random, mode: str, changes: dict[str, Any], count: int
+    shop: Workshop, rng: random.Random, mode: str, *, kills: int, stops: int = 0
 ) -> list[Fault]:
-    """`changes` to the config make the mode."""
-    done = shop.command("train", str(_config(shop, f"chaos-{mode}-straight", changes)))
-    if done.returncode:
-        raise Hang(done.stdout + done.stderr)
-    faults = _killed(shop, rng, mode, changes, count)
+    config = _config(shop, killed(mode), mode, keep=2)
+    log = shop.folder / f"{killed(mode)}.log"
+    words = ("train", str(config), "--max-restarts", str(kills + stops))
+    process = shop.start(*words, log=log)
+    try:
+        faults = _Disturbed(process, shop.runs / killed(mode), log, rng).all(mode, kills, stops)
+    except (Hang, psutil.Error) as error:
+        raise Hang(f"{error}\n{log.read_text()[-3000:]}") from None
+    finally:
+        end(process)
+    step = _newest(shop.runs / killed(mode))
+    straight = _straight(shop, mode, step)
     for part in ("policy", "learner", "ledger"):
-        if _state(shop, f"chaos-{mode}-straight", part) != _state(shop, killed(mode), part):
+        if _state(shop.runs / killed(mode), step, part) != _state(straight, step, part):
             raise AssertionError(f"{mode}: {part} of the run that was killed is another")
+    print(f"{mode}: the same bits as undisturbed at step {step}, after {len(faults)} restarts")
     return faults
 
 
@@ -47,94 +54,141 @@ def killed(mode: str) -> str:
     return f"chaos-{mode}-killed"
 
 
-def _config(shop: Workshop, name: str, changes: dict[str, Any]) -> Path:
+def _config(shop: Workshop, name: str, mode: str, keep: int) -> Path:
     scorer = {"kind": "function", "function": "examples.support_replies.judge:score"}
-    given = {
-        "name": name,
-        "num_steps": STEPS,
-        "reward": {"scorer": scorer},
-        "evaluation": None,
-        "checkpoint": {"every": 1, "keep": 2},
-    }
-    return shop.config(**(given | changes))
+    small = {"count": 1, "max_model_len": 64, "max_num_seqs": 8, "kv_cache_bytes": 1 << 25}
+    return shop.config(
+        name=name,
+        num_steps=STEPS,
+        batch_size=8,
+        sampling={"max_tokens": 8},
+        generators=small,
+        learner={"ranks": 1, "timeout_s": 120},
+        reward={"scorer": scorer},
+        ping_timeout_s=PING_S,
+        evaluation=None,
+        checkpoint={"every": 1, "keep": keep},
+        **MODES[mode],
+    )
 
 
-def _killed(
-    shop: Workshop, rng: random.Random, mode: str, changes: dict[str, Any], count: int
-) -> list[Fault]:
-    config, run_dir = _config(shop, killed(mode), changes), shop.runs / killed(mode)
-    log = shop.folder / f"{killed(mode)}.log"
-    process = shop.start("train", str(config), "--max-restarts", str(count), log=log)
-    faults: list[Fault] = []
-    deadline = time.monotonic() + RUN_S
+class _Disturbed:
+    """The run whose driver is struck again and again."""
+
+    def __init__(
+        self, process: subprocess.Popen[str], run_dir: Path, log: Path, rng: random.Random
+    ) -> None:
+        self._process, self._run_dir, self._log, self._rng = process, run_dir, log, rng
+        self._deadline = time.monotonic() + LIMIT_S
+        self._struck: list[tuple[str, float, float]] = []  # kind, when, noticed when
+
+    def all(self, mode: str, kills: int, stops: int) -> list[Fault]:
+        todo = [KILL] * kills + [STOP] * stops
+        self._rng.shuffle(todo)
+        faults: list[Fault] = []
+        for how in todo:
+            driver = self._driver()
+            if how == KILL and self._struck and self._rng.random() < 0.3:
+                time.sleep(self._rng.uniform(0.5, 12.0))  # somewhere in its start
+            else:
+                faults += self._back()
+                self._steps(driver, self._rng.randint(1, 2))
+                time.sleep(self._rng.uniform(0.0, 0.6))  # anywhere in a step
+            self._strike(driver, how, mode)
+        faults += self._back()
+        self._steps(self._driver(), 2)
+        self._process.send_signal(signal.SIGTERM)
+        if (code := self._process.wait(120)) != 128 + signal.SIGTERM:
+            raise Hang(f"the run ended with {code}")
+        return faults
+
+    def _strike(self, driver: psutil.Process, how: int, mode: str) -> None:
+        said = self._log.read_text().count(STUCK)
+        at = strike(driver, how)
+        if how == STOP:
+            within = heartbeat_deadline_s(PING_S) + SOON_S
+            wait_until(lambda: self._log.read_text().count(STUCK) > said, "its name", within)
+            if "Thread" not in self._log.read_text().rpartition(STUCK)[2]:
+                raise Hang("driver stopped: no stack was printed")
+            self._struck.append((f"driver stopped, {mode}", at, time.time()))
+        self._driver(other_than=driver.pid)
+        if how == KILL:
+            self._struck.append((f"driver killed, {mode}", at, time.time()))
+
+    def _driver(self, other_than: int = 0) -> psutil.Process:
+        while time.monotonic() < self._deadline and self._process.poll() is None:
+            for child in psutil.Process(self._process.pid).children():
+                if child.pid != other_than and child.status() != psutil.STATUS_ZOMBIE:
+                    return child
+            time.sleep(0.05)
+        raise Hang("no driver was started")
+
+    def _steps(self, driver: psutil.Process, more: int) -> None:
+        """Until this driver has done so many."""
+        start = driver.create_time()
+        self._wait(lambda row: row["time"] > start, "metrics.jsonl", more)
+
+    def _back(self) -> list[Fault]:
+        """The faults so far, once weights are published again. A fault in a start is over with the
+        first start that is not struck."""
+        faults = []
+        for kind, at, noticed in self._struck:
+            published = self._wait(
+                lambda row, at=at: row["event"] == "weights_published" and row["time"] > at,
+                "events.jsonl",
+            )
+            faults.append(Fault(kind, noticed - at, published["time"] - at))
+        self._struck.clear()
+        return faults
+
+    def _wait(self, wanted: Any, name: str, count: int = 1) -> dict[str, Any]:
+        while time.monotonic() < self._deadline and self._process.poll() is None:
+            found = [row for row in _lines(self._run_dir / name) if wanted(row)]
+            if len(found) >= count:
+                return found[0]
+            time.sleep(0.05)
+        raise Hang(f"nothing more came into {name}")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        while len(faults) < count and process.poll() is None:
-            driver = _driver(process, deadline)
-            _wait_for_moment(driver, run_dir, rng)
-            if process.poll() is not None:
-                break
-            struck = time.time()
-            driver.kill()
-            _driver(process, deadline, other_than=driver.pid)
-            noticed = time.time()
-            back = _moved(run_dir, struck, process, deadline)
-            faults.append(Fault(f"driver killed, {mode}", noticed - struck, back - struck))
-        if len(faults) < count:
-            raise Hang(f"it ended after {len(faults)} kills of {count}")
-        if process.wait(max(1.0, deadline - time.monotonic())) != 0:
-            raise Hang(f"the run ended with {process.returncode}")
-    except subprocess.TimeoutExpired:
-        raise Hang("the run did not end") from None
-    except Hang as hang:
-        raise Hang(f"{hang}\n{log.read_text()[-3000:]}") from None
+        return read_lines(path)
+    except ValueError:  # a kill cut the last one short
+        return []
+
+
+def _straight(shop: Workshop, mode: str, step: int) -> Path:
+    """The folder of the same run undisturbed, with its checkpoint of `step`."""
+    name = f"chaos-{mode}-straight"
+    log, run_dir = shop.folder / f"{name}.log", shop.runs / name
+    process = shop.start("train", str(_config(shop, name, mode, keep=STEPS)), log=log)
+    try:
+        wait_until(
+            lambda: _folder(run_dir, step).exists() or process.poll() is not None, name, LIMIT_S
+        )
     finally:
-        process.kill()
-    return faults
+        end(process)
+    if not _folder(run_dir, step).exists():
+        raise Hang(log.read_text()[-3000:])
+    return run_dir
 
 
-def _driver(process: subprocess.Popen[str], deadline: float, other_than: int = 0) -> psutil.Process:
-    while time.monotonic() < deadline:
-        for child in psutil.Process(process.pid).children():
-            if child.pid != other_than and child.status() != psutil.STATUS_ZOMBIE:
-                return child
-        time.sleep(0.05)
-    raise Hang("no driver was started")
+def _newest(run_dir: Path) -> int:
+    return max(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*[0-9]"))
 
 
-def _wait_for_moment(driver: psutil.Process, run_dir: Path, rng: random.Random) -> None:
-    """One in four falls into the start; the others some steps later, anywhere in a step."""
-    if rng.random() < 0.25:
-        time.sleep(rng.uniform(0.5, 8.0))
-        return
-    start, more = driver.create_time(), rng.randint(1, 2)
-    while driver.is_running() and len(_steps(run_dir, start)) < more:
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0.0, 0.6))
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / f"checkpoints/step-{step:06d}"
 
 
-def _moved(run_dir: Path, since: float, process: subprocess.Popen[str], deadline: float) -> float:
-    """When the first weights were published again."""
-    while time.monotonic() < deadline and process.poll() is None:
-        for event in read_lines(run_dir / "events.jsonl"):
-            if event["event"] == "weights_published" and event["time"] > since:
-                return event["time"]
-        time.sleep(0.05)
-    raise Hang("nothing was published again")
-
-
-def _steps(run_dir: Path, since: float) -> list[float]:
-    path = run_dir / "metrics.jsonl"
-    return [row["time"] for row in read_lines(path) if row["time"] > since]
-
-
-def _state(shop: Workshop, name: str, part: str) -> object:
-    """What decides everything that would follow, of the last checkpoint."""
+def _state(run_dir: Path, step: int, part: str) -> object:
+    """What decides everything that would follow, of a checkpoint."""
     import json
 
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-    folder = max((shop.runs / name / "checkpoints").glob("step-*[0-9]"))
+    folder = _folder(run_dir, step)
     if part == "ledger":
         state = json.loads((folder / "driver.json").read_text())
         for lease in state["ledger"]["leases"]:

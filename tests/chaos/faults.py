@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -19,12 +20,13 @@ from tests.integration.runs import read_lines
 
 @dataclass(frozen=True)
 class Fault:
-    """`noticed_s`, `back_s`: from the injection until the run said so, and until it was mended; None
-    where nothing from outside tells the moment."""
+    """`noticed_s`, `back_s`: from the injection until the run said so, and until it was mended. `lost`:
+    samples that were neither trained nor dropped with a reason."""
 
     kind: str
-    noticed_s: float | None = None
-    back_s: float | None = None
+    noticed_s: float
+    back_s: float
+    lost: int = 0
 
 
 class Hang(Exception):
@@ -78,6 +80,15 @@ def strike(victim: psutil.Process, how: int) -> float:
     now = time.time()
     os.kill(victim.pid, how)
     return now
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """kill -9 of what is left of a run: its processes, and theirs."""
+    for left in _below(process):
+        with contextlib.suppress(psutil.Error):
+            left.kill()
+    process.kill()
+    process.wait()
 
 
 def pause(rng: random.Random, low: float, high: float) -> None:

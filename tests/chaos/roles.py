@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.faults import KILL, STOP, Events, Fault, Hang, actors, pause, strike
+from tests.chaos.faults import KILL, STOP, Events, Fault, Hang, actors, end, pause, strike
 from tests.integration.runs import Workshop, wait_until
 
-PING_S, LEARNER_S = 5.0, 15.0
+PING_S, LEARNER_S = 5.0, 12.0
+SOON_S = 5.0  # after its deadline what is stopped has a name
 BACK_S = 120.0  # beyond it a run hangs
 # kind: actor class, signal, the event that says it was noticed, the one that says it is mended
 KINDS = {
@@ -69,7 +70,7 @@ def run(shop: Workshop, rng: random.Random, counts: dict[str, int]) -> list[Faul
     except Hang as hang:
         raise Hang(f"{hang}\n{log.read_text()[-3000:]}") from None
     finally:
-        process.kill()
+        end(process)
     if code != 128 + signal.SIGTERM:
         raise Hang(f"the run ended with {code}")
     return faults
@@ -84,8 +85,14 @@ def _inject(kind: str, process: subprocess.Popen[str], events: Events, rng: rand
         return process.poll() is None
 
     seen = events.wait(noticed, at, BACK_S, alive)
-    if "stopped" in kind and not _stack_of(seen):
-        raise Hang(f"{kind}: no stack was recorded")
+    if how == STOP:
+        deadline = LEARNER_S if role == "LearnerRole" else PING_S
+        if seen["time"] - at > deadline + SOON_S:
+            raise Hang(
+                f"{kind}: named {seen['time'] - at:.1f} s later, its deadline is {deadline} s"
+            )
+        if not _stack_of(seen):
+            raise Hang(f"{kind}: no stack was recorded")
     back = events.wait(mended, at, BACK_S, alive)
     return Fault(kind, seen["time"] - at, back["time"] - at)
 

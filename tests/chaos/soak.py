@@ -1,22 +1,33 @@
-"""Long runs: does anything grow? Memory, file handles and shared memory after a warm-up, and at the end."""
+"""Long runs: does anything grow? Memory, file handles, shared memory, Ray's object store and the disk,
+after a warm-up and at the end.
+
+What grows by design is no part of it: trajectories, metrics, events and TensorBoard's files.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.chaos.faults import Hang
+from tests.chaos.faults import Hang, end
 from tests.integration.runs import Workshop, read_lines
 
 WARM_UP = 0.25  # of the steps: pools, caches and the first of everything
 EVERY_S = 2.0
 LIMIT_S = 1800.0
+GROW = ("trajectories", "tensorboard", "metrics.jsonl", "events.jsonl", "dropped.jsonl")
+# Ray keeps what is smaller in its processes: as small as the batches are here, nothing would reach the store.
+ALL_IN_STORE = {"RAY_max_direct_call_object_size": "1024"}
+WHAT = ("resident_bytes", "handles", "shared_bytes", "store_bytes", "disk_bytes")
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,9 @@ class Sample:
     step: int
     resident_bytes: int  # private to them
     handles: int
-    shared_bytes: int  # in shared memory: Ray's objects and the weights
+    shared_bytes: int  # in shared memory, by name: the weights
+    store_bytes: int  # of Ray's objects
+    disk_bytes: int  # of the run's folder, but for what grows by design
 
 
 def run(shop: Workshop) -> dict[str, float]:
@@ -34,6 +47,7 @@ def run(shop: Workshop) -> dict[str, float]:
     small = {"max_model_len": 64, "kv_cache_bytes": 1 << 25, "max_num_seqs": 8}
     one = {"generators": {"count": 1, **small}, "learner": {"ranks": 1}}
     two = {"generators": {"count": 2, **small}, "learner": {"ranks": 2}, "max_staleness": 1}
+    os.environ |= ALL_IN_STORE
     figures: dict[str, float] = {}
     for name, steps, changes, flags in (
         ("one_process", 1000, one, ("--in-process",)),
@@ -61,22 +75,47 @@ def _watched(
     )
     log, run_dir = shop.folder / f"{name}.log", shop.runs / name
     process = shop.start("train", str(config), *flags, log=log)
-    samples, deadline = [], time.monotonic() + LIMIT_S
+    samples, deadline, store = [], time.monotonic() + LIMIT_S, _Store(process)
     try:
         while process.poll() is None:
             if time.monotonic() > deadline:
                 raise Hang(f"{name}: not done after {LIMIT_S:g} s")
             if step := len(read_lines(run_dir / "metrics.jsonl")):
-                samples.append(_sample(process, step))
+                samples.append(_sample(process, step, store.used_bytes(), run_dir))
             time.sleep(EVERY_S)
     finally:
-        process.kill()
+        end(process)
     if process.returncode:
         raise Hang(f"{name} ended with {process.returncode}\n{log.read_text()[-3000:]}")
     return [sample for sample in samples if sample.step < steps]  # at its end it shrinks
 
 
-def _sample(process: subprocess.Popen[str], step: int) -> Sample:
+class _Store:
+    """Ray's object store, as its raylet tells of it to whoever asks; nothing without a Ray."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._ask: Callable[[], Any] | None = None
+
+    def used_bytes(self) -> int:
+        if self._ask is None and (address := self._gcs()):
+            # Else Ray looks for it at the machine's outer address.
+            os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+            from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+            state = get_state_from_address(address)
+            self._ask = lambda: get_memory_info_reply(state, timeout_seconds=10.0)
+        return self._ask().store_stats.object_store_bytes_used if self._ask is not None else 0
+
+    def _gcs(self) -> str:
+        for child in psutil.Process(self._process.pid).children(recursive=True):
+            if child.name() == "raylet":
+                given = (word.partition("=") for word in child.cmdline())
+                return next((value for key, _, value in given if key == "--gcs-address"), "")
+        return ""
+
+
+def _sample(process: subprocess.Popen[str], step: int, store_bytes: int, run_dir: Path) -> Sample:
     resident = handles = 0
     try:
         driver = psutil.Process(process.pid)
@@ -89,7 +128,19 @@ def _sample(process: subprocess.Popen[str], step: int) -> Sample:
     shared = sum(
         path.stat().st_blocks * 512 for path in Path("/dev/shm").glob("*") if path.is_file()
     )
-    return Sample(step, resident, handles, shared)
+    return Sample(step, resident, handles, shared, store_bytes, _disk_bytes(run_dir))
+
+
+def _disk_bytes(run_dir: Path) -> int:
+    total = 0
+    for path in run_dir.rglob("*"):
+        parts = path.relative_to(run_dir).parts
+        # What is being written is there for a moment, and counts once it is whole.
+        if parts[0] in GROW or any(part.endswith(".partial") for part in parts):
+            continue
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _growth(samples: list[Sample]) -> dict[str, float]:
@@ -97,7 +148,7 @@ def _growth(samples: list[Sample]) -> dict[str, float]:
     late = [sample for sample in samples if sample.step >= WARM_UP * last]
     quarter = max(1, len(late) // 4)
     found = {}
-    for what in ("resident_bytes", "handles", "shared_bytes"):
+    for what in WHAT:
         first, end = (
             sum(getattr(sample, what) for sample in part) / quarter
             for part in (late[:quarter], late[-quarter:])
