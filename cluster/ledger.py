@@ -40,6 +40,7 @@ class Ledger:
         self._next_number = 0
         self._num_finished = 0
         self._in_step: list[Key] = []  # what was consumed last
+        self._num_dropped_before = 0  # by the end of the last step
         self.num_leased = 0  # ever, drops not counted
         self.num_consumed = 0
         self.num_dropped = 0
@@ -92,6 +93,7 @@ class Ledger:
             assert self._leases.pop(key).finished, f"{key} was not finished"
             self._num_finished -= 1
             self.num_consumed += 1
+        self._num_dropped_before = self.num_dropped
 
     def refuse(self, keys: Iterable[Key]) -> None:
         """The step that consumed these was refused: they count as dropped, and the version stays, so
@@ -102,6 +104,7 @@ class Ledger:
         self.num_leased -= len(refused)
         self.num_consumed -= len(refused)
         self.num_dropped += len(refused)
+        self._num_dropped_before = self.num_dropped
 
     def __len__(self) -> int:
         """Prompts that are out: leased or finished, not consumed."""
@@ -115,7 +118,7 @@ class Ledger:
         """As if nothing had ever been leased."""
         self._leases.clear()
         self._next_number = self._num_finished = 0
-        self.num_leased = self.num_consumed = self.num_dropped = 0
+        self.num_leased = self.num_consumed = self.num_dropped = self._num_dropped_before = 0
 
     def num_awaited(self, version: int) -> int:
         """Prompts that were leased at an older version and are not finished."""
@@ -133,12 +136,13 @@ class Ledger:
 
     def without_leases(self) -> dict[str, Any]:
         """The state as it was before anything was leased that is not consumed."""
-        return {**self.state(), "num_leased": self.num_consumed, "leases": []}
+        before = {"num_leased": self.num_consumed, "num_dropped": self._num_dropped_before}
+        return {**self.state(), **before, "leases": []}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.num_leased = state["num_leased"]
         self.num_consumed = state["num_consumed"]
-        self.num_dropped = state["num_dropped"]
+        self.num_dropped = self._num_dropped_before = state["num_dropped"]
         for saved in sorted(state["leases"], key=lambda lease: lease["number"]):
             prompt = Prompt(**{**saved["prompt"], "ids": tuple(saved["prompt"]["ids"])})
             self._leases[prompt.key] = Lease(**{**saved, "prompt": prompt})

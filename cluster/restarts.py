@@ -1,7 +1,8 @@
 """`raylign train --max-restarts N`: the run in a process of its own, started again with --resume when
 it failed or was killed.
 
-Only a run that failed (exit code 3) or whose process died is started again. Bad input, a stop that
+Only a run that failed (exit code 3) or whose process died is started again (of a driver whose own
+machine's part of the cluster is gone, Ray makes exit code 1). Bad input, a stop that
 was asked for and the end are passed on. A driver that does nothing any more is killed first: it
 writes its heartbeat into status.json, whatever it waits for.
 """
@@ -21,6 +22,7 @@ from cluster.processes import stack_of
 CHECK_S = 1.0
 HEARTBEAT_S = 60.0  # a driver that has not beaten for so long does nothing any more
 FAILED = 3
+ENDED_BY_RAY = 1
 TRAIN = (sys.executable, "-m", "cluster.cli", "train")
 
 
@@ -31,14 +33,14 @@ def run_again(
     attempts = 0
     while True:
         code = _Attempt(words, run_dir, heartbeat_s).wait()
-        if code != FAILED and code >= 0:
+        if code not in (FAILED, ENDED_BY_RAY) and code >= 0:
             return code
         if attempts == max_restarts:
             print(
                 f"raylign: it ended with {code}, restarted {attempts} times; given up",
                 file=sys.stderr,
             )
-            return FAILED if code < 0 else code
+            return FAILED
         attempts += 1
         print(
             f"raylign: it ended with {code}; restart {attempts} of {max_restarts}", file=sys.stderr

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import work
-from tests.chaos import calls, disk, drivers, roles, soak, throughput, weights
+from tests.chaos import calls, disk, drivers, nodes, roles, soak, throughput, weights
 from tests.chaos.faults import Fault, Hang
 from tests.integration.conftest import made_workshop
 from tests.integration.runs import Workshop
@@ -32,7 +32,7 @@ ROLES = {
     "learner rank killed": 10,
     "learner rank stopped": 4,
 }
-SCENARIOS = ("roles", "drivers", "drivers_async", "calls", "weights", "disk")
+SCENARIOS = ("roles", "nodes", "drivers", "drivers_async", "calls", "weights", "disk")
 LONG = ("throughput", "soak")  # measure; they are run by name only
 
 
@@ -58,6 +58,11 @@ class Chaos:
         counts = {kind: self._number(count) for kind, count in ROLES.items()}
         faults = roles.run(self._shop, self._rng, counts)
         self._audit("chaos-roles")
+        return faults
+
+    def _nodes(self) -> list[Fault]:
+        faults = nodes.run(self._shop, self._rng, self._number(10))
+        self._audit(nodes.NAME)
         return faults
 
     def _drivers(self) -> list[Fault]:
