@@ -145,6 +145,8 @@ def _roles(config: RunConfig, inputs: Inputs) -> Iterator[Row]:
     if found:
         total, has = _gib(host_total(found)), _gib(available_bytes())
         yield "memory", f"about {total} of this machine together, of {has} available"
+    if inputs.too_little_memory:
+        yield "", f"WARNING: {inputs.too_little_memory}"
 
 
 def _who(config: RunConfig) -> dict[str, str]:

@@ -69,11 +69,13 @@ class RayHost:
                 "env_vars": {**env, "PYTHONPATH": _python_path(), "RAYLIGN_HOME": os.getcwd()}
             },
         }
-        elsewhere = self._not_on_lost_nodes()
+        alive = self._alive()
+        where = _not_on_lost(alive) if len(alive) > 1 else {}
         if gpus:
-            options["scheduling_strategy"] = self._bundle(name, gpus, elsewhere)
-        elif elsewhere:
-            options["label_selector"] = elsewhere
+            options["scheduling_strategy"] = self._bundle(name, gpus, where)
+        elif len(alive) > 1:
+            # A byte, because what needs nothing Ray lets any node place, a lost one too.
+            options |= {"scheduling_strategy": "SPREAD", "memory": 1, "label_selector": where}
         handle = self._ray.remote(kind).options(**options).remote(*args)
         member = Member(name, handle)
         self.locate(member)
@@ -82,13 +84,6 @@ class RayHost:
     def locate(self, member: Member) -> None:
         """Ask the member where it runs, for `kill` and `stack`; again after Ray restarted it."""
         self._places[member.name] = member.handle.__ray_call__.remote(_place)
-
-    def _not_on_lost_nodes(self) -> dict[str, str]:
-        """A label selector against nodes that do not answer: it takes Ray some 15 s to count one that
-        is lost as dead, and what it starts there meanwhile dies with it."""
-        alive = self._alive()
-        lost = [node["NodeID"] for node in alive if len(alive) > 1 and not _answers(node)]
-        return {NODE_LABEL: f"!in({','.join(lost)})"} if lost else {}
 
     def _alive(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
@@ -182,6 +177,13 @@ def _place(_: Any) -> tuple[str, int]:
     import ray
 
     return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+def _not_on_lost(nodes: list[dict[str, Any]]) -> dict[str, str]:
+    """A label selector against those that do not answer: it takes Ray some 15 s to count one that is
+    lost as dead, and what it starts there meanwhile dies with it."""
+    lost = [node["NodeID"] for node in nodes if not _answers(node)]
+    return {NODE_LABEL: f"!in({','.join(lost)})"} if lost else {}
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -77,6 +77,13 @@ def test_who_runs_where_and_what_each_takes(load: Any, tmp_path: Path, policy: P
     assert "vllm" in rows["versions"]
 
 
+def test_a_warning_of_too_little_memory_stands_in_the_plan(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.fit.available_bytes", lambda: 1 << 20)
+    assert "WARNING: memory: " in text_of(load({"too_little_memory": "warn"}))
+
+
 def test_on_gpus_the_gpus_memory_is_told_apart_from_the_machines(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

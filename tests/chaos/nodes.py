@@ -7,12 +7,13 @@ the driver's own raylet is killed, and `--max-restarts` must go on with what is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -23,20 +24,33 @@ from tests.integration.runs import Workshop, wait_until
 
 NAME = "chaos-nodes"
 ROLES = {kind: (lost, mended) for kind, _, lost, mended in roles.KINDS.values()}
+BACK_S = 240.0  # beyond it a run hangs; it takes Ray some 15 s to give a node up
 WORKERS = 2  # nodes beside the head
+RAY_ENV = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
+}
 
 
 def run(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
     """`count` nodes are killed, then the driver's raylet. Raises Hang."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with nodes(*[{}] * WORKERS) as cluster:
+        return _run(shop, rng, count, cluster)
+
+
+@contextlib.contextmanager
+def nodes(*beside: dict[str, Any]) -> Iterator[Any]:
+    """A cluster of raylets on this machine: a head, and others with the options given."""
+    os.environ |= RAY_ENV
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for _ in range(WORKERS):
-            cluster.add_node(num_cpus=1)
-        return _run(shop, rng, count, cluster)
+        for options in beside:
+            cluster.add_node(num_cpus=1, **options)
+        yield cluster
     finally:
         cluster.shutdown()
 
@@ -59,7 +73,7 @@ def _run(shop: Workshop, rng: random.Random, count: int, cluster: Any) -> list[F
             cluster.add_node(num_cpus=1)
         faults.append(_lose_the_drivers_raylet(cluster, events, shop, alive))
         process.send_signal(signal.SIGTERM)
-        code = process.wait(roles.BACK_S)
+        code = process.wait(BACK_S)
     except subprocess.TimeoutExpired:
         raise Hang("the run did not end after SIGTERM") from None
     except Hang as hang:
@@ -80,7 +94,7 @@ def _lose_a_node(
     at = kill(node)
     cluster.worker_nodes.remove(node)
     waits = [ROLES[kind] for kind in sorted(there[node])]
-    noticed, back = events.wait_for_all(waits, at, roles.BACK_S, alive)
+    noticed, back = events.wait_for_all(waits, at, BACK_S, alive)
     _moves(shop, alive)
     return Fault(f"node lost: {', '.join(sorted(there[node]))}", noticed - at, back - at)
 
@@ -89,7 +103,7 @@ def _lose_the_drivers_raylet(
     cluster: Any, events: Events, shop: Workshop, alive: Callable[[], bool]
 ) -> Fault:
     at = kill(cluster.head_node)
-    back = events.wait("resumed", at, roles.BACK_S, alive)["time"]
+    back = events.wait("resumed", at, BACK_S, alive)["time"]
     _moves(shop, alive)
     return Fault("node lost: the driver's", None, back - at)
 
@@ -102,18 +116,18 @@ def _moves(shop: Workshop, alive: Callable[[], bool]) -> None:
     )
 
 
-def _raylet(node: Any) -> psutil.Process:
+def raylet(node: Any) -> psutil.Process:
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
 def _roles_on(node: Any) -> set[str]:
-    titles = [child.cmdline()[:1] for child in _raylet(node).children()]
+    titles = [child.cmdline()[:1] for child in raylet(node).children()]
     return {kind for kind in ROLES if any(f"ray::{kind}" in "".join(title) for title in titles)}
 
 
 def kill(node: Any) -> float:
-    raylet = _raylet(node)
-    victims = [raylet, *raylet.children(recursive=True)]
+    process = raylet(node)
+    victims = [process, *process.children(recursive=True)]
     now = time.time()
     for victim in victims:
         victim.kill()

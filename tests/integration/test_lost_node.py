@@ -12,7 +12,7 @@ import pytest
 
 from cluster.placement import Member, RoleFailed, ask, ask_beside
 from cluster.ray_host import RayHost
-from tests.chaos.nodes import kill
+from tests.chaos.nodes import kill, nodes, raylet
 
 LARGE = 300_000  # rows: beyond what Ray sends along with the answer
 
@@ -21,22 +21,17 @@ class Worker:
     async def take(self) -> tuple[str, pa.Table]:
         return "two prompts", pa.table({"x": list(range(LARGE))})
 
+    def parent(self) -> int:
+        return os.getppid()
+
     def length(self, table: pa.Table) -> int:
         return len(table)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 1, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=1, resources={"far": 1})
+    with nodes({"resources": {"far": 1}, "num_gpus": 1}, {"num_gpus": 1}) as cluster:
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +55,12 @@ async def test_what_was_kept_outlives_the_machine_and_what_was_not_is_a_death_th
     far = far_away(host)
     payloads = [(await ask_beside(far, far.handle.take, within=60))[1] for _ in range(2)]
     kept = await host.keep(far, payloads[0], within=60)
-    kill(cluster.worker_nodes.pop())
-    # Ray still counts the node as alive, and would put half of these there.
-    near = [host.start(f"near-{i}", Worker, env={}) for i in range(3)]
+    parent = await ask(far, far.handle.parent, within=60)
+    kill(next(node for node in cluster.worker_nodes if raylet(node).pid == parent))
+    # Ray still counts the node as alive, and would put some of these there.
+    near = [host.start(f"near-{i}", Worker, env={}, gpus=i // 3) for i in range(4)]
     lengths = [ask(it, it.handle.length, kept, within=60) for it in near]
-    assert await asyncio.gather(*lengths) == [LARGE] * 3
-    assert await host.same_machine(near)
+    assert await asyncio.gather(*lengths) == [LARGE] * 4
     assert not await host.same_machine([far, *near])
     with pytest.raises(RoleFailed, match=r"far: (its machine was lost|no answer to fetch)"):
         await host.keep(far, payloads[1], within=20)
