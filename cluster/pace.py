@@ -18,7 +18,7 @@ from cluster.memory import tokens_at_once
 from cluster.shapes import Shape, Shapes
 
 BACKWARD = 2  # forward passes' work
-MOST_ROWS = 4096  # beyond it a product is no faster
+MOST_ROWS = 512  # beyond it a product is no faster
 
 
 @dataclass(frozen=True)

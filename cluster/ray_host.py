@@ -115,24 +115,16 @@ class RayHost:
         """One that lies on another node is copied to this one: were this one lost, so were the run."""
         if self._where(member)[0] == self._here():
             return payload
-
-        def fetch() -> Any:
-            return payload
-
-        return self.share(await ask(member, fetch, within=within))
+        return self.share(await ask(member, fetch, payload, within=within))
 
     async def same_machine(self, members: list[Member]) -> bool:
         if len(self._alive()) == 1:
             return True
-
-        async def node_of(member: Member) -> str:
-            def place() -> Any:
-                return self._places[member.name]
-
-            node: str = (await ask(member, place, within=PLACEMENT_TIMEOUT_S))[0]
-            return node
-
-        return len({*await asyncio.gather(*map(node_of, members))}) == 1
+        asked = [
+            ask(member, fetch, self._places[member.name], within=PLACEMENT_TIMEOUT_S)
+            for member in members
+        ]
+        return len({node for node, _ in await asyncio.gather(*asked)}) == 1
 
     async def stop(self, members: list[Member]) -> None:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]
@@ -170,6 +162,11 @@ class RayHost:
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def fetch(reference: Any) -> Any:
+    """To be asked like a method: what the reference is to."""
+    return reference
 
 
 def _place(_: Any) -> tuple[str, int]:
