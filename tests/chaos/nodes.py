@@ -29,6 +29,7 @@ WORKERS = 2  # nodes beside the head
 RAY_ENV = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_max_direct_call_object_size": "1",  # every answer, however small, lies on its machine
     "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
 }
 
