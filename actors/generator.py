@@ -24,7 +24,7 @@ from actors.config import GeneratorsConfig
 from actors.trajectory import Completion
 from actors.vllm_engine import completion_params, make_engine, probe_params
 from actors.weight_update import (
-    BaseMissing,
+    NeedsAll,
     WeightLayout,
     WeightsRejected,
     WeightUpdate,
@@ -132,7 +132,7 @@ class Generator:
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         """Verify, apply, probe. Returns seconds, of the whole and of each part, and the probe's
         difference. Raises WeightsRejected, after which this generator samples nothing any more; or
-        BaseMissing, after which all is as before: send the update in full."""
+        NeedsAll, after which all is as before: send the update in full."""
         started = time.perf_counter()
         future, delivery = self._future()
         self._inbox.put((lambda: self._apply(update, delivery), delivery[1]))
@@ -261,9 +261,9 @@ class Generator:
             spent: dict[str, float] = self._engine.collective_rpc(
                 "receive_weights", args=(update,)
             )[0]
-        except BaseMissing as missing:
+        except NeedsAll as missing:
             self._proved = proved
-            reject(BaseMissing(f"{self.name}: {missing}"))
+            reject(NeedsAll(f"{self.name}: {missing}"))
             return
         except Exception as error:
             raise WeightsRejected(f"{self.name}: {error}") from error

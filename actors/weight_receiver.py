@@ -16,7 +16,7 @@ from actors import weight_delta
 from actors.weight_segment import SegmentReader
 from actors.weight_swap import NotPlanned, WeightSwap, tensors_of
 from actors.weight_update import (
-    BaseMissing,
+    NeedsAll,
     WeightLayout,
     WeightsRejected,
     WeightUpdate,
@@ -40,7 +40,7 @@ class WeightReceiver:
         return layout.id
 
     def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
-        """Verify the bytes, then load them; seconds of both. On WeightsRejected, and on BaseMissing,
+        """Verify the bytes, then load them; seconds of both. On WeightsRejected, and on NeedsAll,
         nothing was applied."""
         if not hasattr(self, "_receiver"):
             raise WeightsRejected(f"version {update.version}: no layout was agreed")
@@ -68,7 +68,7 @@ class _Receiver:
 
     def receive(self, update: WeightUpdate) -> dict[str, float]:
         started = time.perf_counter()
-        image = self._segments.hold(update.segment) if update.segment else self._payload(update)
+        image = self._segment(update) if update.segment else self._payload(update)
         try:
             verify(update, self._layout, image)
         except WeightsRejected:
@@ -92,12 +92,21 @@ class _Receiver:
             self._segments.release(left)
         self._in_use = segment if self._shared else ""
 
+    def _segment(self, update: WeightUpdate) -> np.ndarray:
+        try:
+            return self._segments.hold(update.segment)
+        except FileNotFoundError:
+            raise NeedsAll(
+                f"version {update.version} lies in {update.segment}, which is not on this machine; "
+                "send it in full"
+            ) from None
+
     def _payload(self, update: WeightUpdate) -> np.ndarray:
         """The image that came in the message: whole, or as a delta to the one kept."""
         if update.base is None:
             return np.concatenate(update.payload)
         if self._image is None or self._image[0] != update.base:
-            raise BaseMissing(
+            raise NeedsAll(
                 f"version {update.version} came as a delta to {update.base}, and here is "
                 f"{'none' if self._image is None else self._image[0]}; send it in full"
             )

@@ -30,8 +30,9 @@ class WeightsRejected(Exception):
     """The bytes, the layout or the probe of an update are not what the learner sent."""
 
 
-class BaseMissing(Exception):
-    """A delta to a version that this receiver does not hold: it needs the update in full."""
+class NeedsAll(Exception):
+    """A delta to a version that this receiver does not hold, or a segment that is not on its machine:
+    it needs the update in full, in the message."""
 
 
 @dataclass(frozen=True)

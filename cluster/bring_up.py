@@ -75,13 +75,14 @@ async def recover(run: Run, lost: LearnerLost) -> None:
 
 
 async def _connect_weights(run: Run) -> None:
-    members = [*run.supervisor.group.members, *run.learner.ranks]
+    group = run.supervisor.group
+    members = [*(group.members[place] for place in group.present()), *run.learner.ranks]
     stem, old = None, None
     if SHARED_MEMORY.is_dir() and await run.host.same_machine(members):
         _sweep_segments()
         old = f"raylign-{os.getpid()}-{run.config.name}"
         stem = str(SHARED_MEMORY / f"{old}.{run.learner.num_restarts}")
-    await run.supervisor.group.agree_layout(await run.learner.prepare_publish(stem))
+    await group.agree_layout(await run.learner.prepare_publish(stem))
     await run.publish(run.step)
     await run.proved()
     for path in SHARED_MEMORY.glob(f"{old}.*") if old else ():

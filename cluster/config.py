@@ -131,6 +131,8 @@ class RunConfig(LearnerStageConfig):
     ping_timeout_s: PositiveFloat = 30.0  # a role that does not answer for so long is stuck
     self_check: SelfCheckConfig = SelfCheckConfig()
     warn: WarnConfig = WarnConfig()
+    # Of a run that, by an estimate, needs more memory than there is.
+    too_little_memory: Literal["refuse", "warn"] = "refuse"
 
     @property
     def prompts_per_step(self) -> int:

@@ -7,7 +7,7 @@ what, where, the fix. `train` runs it first; `raylign doctor` runs it alone and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Inputs:
     dropped: list[str]  # prompt_ids too long for the context
     held_out: list[Prompt]
     num_parameters: int  # estimated from the config; 0 if it does not say
+    too_little_memory: str = ""  # a warning
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -65,7 +66,8 @@ def check_inputs(config: RunConfig) -> Inputs:
         )
     check_disk(config.run_dir, checkpoint_bytes(config, inputs.num_parameters))
     if (shapes := read_shapes(config)) is not None:
-        check_fit(config, shapes, longest_sequence(config, inputs))
+        said = check_fit(config, shapes, longest_sequence(config, inputs))
+        return replace(inputs, too_little_memory=said)
     return inputs
 
 

@@ -44,11 +44,12 @@ def own_ray(config: RunConfig) -> bool:
     return config.ray_address is None and "RAY_ADDRESS" not in os.environ
 
 
-def check_fit(config: RunConfig, shapes: Shapes, longest: int) -> None:
-    """BadInput if the run cannot have the memory that it needs, with the largest setting that can."""
+def check_fit(config: RunConfig, shapes: Shapes, longest: int) -> str:
+    """BadInput if the run cannot have the memory that it needs, with the largest setting that can. Where
+    only an estimate says so, that is returned if the config wants a warning; else ""."""
     check_cache(config, shapes)
     if not own_ray(config):
-        return
+        return ""
     _check_shared_memory(config, shapes)
     room = room_here(config)
 
@@ -57,11 +58,15 @@ def check_fit(config: RunConfig, shapes: Shapes, longest: int) -> None:
         return enough_gpus and too_much(changed, shapes, longest, room) is None
 
     over = too_much(config, shapes, longest, room)
-    if over is not None:
-        found = largest_settings(config, shapes, longest, fits)
-        settings = " ".join(f"{key}={value}" for key, value in found or ())
-        advice = f"{settings} would fit" if found else "take a smaller model or a larger machine"
-        raise BadInput(f"memory: {over.role}: {over.said}; {advice}")
+    if over is None:
+        return ""
+    found = largest_settings(config, shapes, longest, fits)
+    settings = " ".join(f"{key}={value}" for key, value in found or ())
+    advice = f"{settings} would fit" if found else "take a smaller model or a larger machine"
+    said = f"memory: {over.role}: {over.said}; {advice}"
+    if config.too_little_memory == "refuse":
+        raise BadInput(f"{said}; this is an estimate, too_little_memory=warn goes on all the same")
+    return said
 
 
 def check_cache(config: RunConfig, shapes: Shapes) -> None:

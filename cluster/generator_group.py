@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from actors.generator import GeneratorFailed
 from actors.trajectory import Prompt
-from actors.weight_update import BaseMissing, WeightLayout, WeightsRejected, WeightUpdate
+from actors.weight_update import NeedsAll, WeightLayout, WeightsRejected, WeightUpdate
+from cluster.learner_group import LearnerLost
 from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
 
 Asked = TypeVar("Asked")
@@ -31,7 +32,7 @@ class Replacement:
     start: Callable[
         [int, int], Member
     ]  # (place, how many were started before) -> it loads by itself
-    last_update: Callable[[], Awaitable[WeightUpdate]]  # the newest version, in full
+    last_update: Callable[[bool], Awaitable[WeightUpdate]]  # the newest in full; in the message?
     max_restarts: int  # of all generators together
     on_event: Callable[..., None]  # (event, **facts)
 
@@ -117,6 +118,8 @@ class GeneratorGroup:
         return Lost(str(error))
 
     def _mends(self, error: RoleFailed) -> bool:
+        if isinstance(error, LearnerLost):  # of whom a generator's weights are asked
+            return False
         broken = error.kind in ("died", "silent") or isinstance(error.cause, MENDED)
         return self._replacement is not None and broken
 
@@ -193,15 +196,18 @@ class GeneratorGroup:
         return proofs
 
     async def _receive(self, place: int, update: Any) -> Any:
+        member = self.members[place]
+        return await self.or_lost(place, member, self._give(member, update))
+
+    async def _give(self, member: Member, update: Any) -> Any:
+        """Its proof of the update, which it is sent in full if it can not use what others can."""
         try:
-            return await self.ask(
-                place, lambda it: it.receive_weights, update, within=self._timeout_s
-            )
+            return await ask(member, member.handle.receive_weights, update, within=self._timeout_s)
         except RoleFailed as error:
-            if not isinstance(error.cause, BaseMissing) or self._replacement is None:
+            if not isinstance(error.cause, NeedsAll) or self._replacement is None:
                 raise
-        full = await self._replacement.last_update()
-        return await self.ask(place, lambda it: it.receive_weights, full, within=self._timeout_s)
+        full = await self._replacement.last_update(True)
+        return await ask(member, member.handle.receive_weights, full, within=self._timeout_s)
 
     # ---- replacement
 
@@ -224,13 +230,13 @@ class GeneratorGroup:
             try:
                 await self._bring_up(member)
                 break
+            except (asyncio.CancelledError, LearnerLost):
+                self._host.kill(member)
+                raise
             except RoleFailed as failed:
                 if not self._mends(failed):
                     raise
                 self._losses[place] = failed
-            except asyncio.CancelledError:
-                self._host.kill(member)
-                raise
         self._present[place] = True
         self._came_or_went.set()
         seconds = round(time.perf_counter() - started, 3)
@@ -253,8 +259,8 @@ class GeneratorGroup:
         await ask(member, member.handle.status, within=START_TIMEOUT_S)
         await ask(member, member.handle.agree_layout, self._layout, within=self._ping_s)
         async with self._weights:
-            update = await self._replacement.last_update()
-            await ask(member, member.handle.receive_weights, update, within=self._timeout_s)
+            update = await self._replacement.last_update(False)
+            await self._give(member, update)
             self._versions[member.name] = update.version
 
 

@@ -123,6 +123,8 @@ async def _run(
     if checkpoint is None and inputs.dropped:
         files.dropped([too_long(prompt_id) for prompt_id in inputs.dropped])
         view.note(f"{len(inputs.dropped)} prompts are too long for the context and dropped")
+    if inputs.too_little_memory:
+        view.note(f"WARNING: {inputs.too_little_memory}")
     files.status("starting", step=0, num_steps=config.num_steps)
     deployment = Deployment(config, inputs, host, files.folder.resolve() / "logs")
     run = _wire(deployment, files, view, metrics, started)

@@ -17,7 +17,7 @@ from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
 from learner.learner_spec import Rendezvous, StepRefused
 from learner.trajectory_buffer import Batch
 
-SETTLE_S = 2.0
+SETTLE_S = 10.0  # the loss of a machine is told after two, the broken connections at once
 SAVED_EVERY_S = 0.1
 
 
@@ -44,7 +44,10 @@ class LearnerGroup:
 
     async def start(self, run_dir: Path) -> list[dict[str, Any]]:
         """Bring the ranks together and load the models."""
-        rendezvous = await meet(self.ranks, self._host, run_dir, self._timeout_s)
+        try:
+            rendezvous = await meet(self.ranks, self._host, run_dir, self._timeout_s)
+        except RoleFailed as error:
+            raise await self._named([error]) from error
         try:
             return await self._all(lambda it: it.start, rendezvous, within=START_TIMEOUT_S)
         finally:
@@ -68,11 +71,13 @@ class LearnerGroup:
     async def publish(self, version: int) -> WeightUpdate:
         return (await self._all(lambda it: it.publish, version))[0]
 
-    async def last_update(self) -> WeightUpdate:
+    async def last_update(self, in_message: bool) -> WeightUpdate:
         """The newest version in full, once the call at hand has ended."""
-        rank = self.ranks[0]
+        rank, within = self.ranks[0], self._timeout_s
         try:
-            update: WeightUpdate = await ask(rank, rank.handle.last_update, within=self._timeout_s)
+            update: WeightUpdate = await ask(
+                rank, rank.handle.last_update, in_message, within=within
+            )
         except RoleFailed as error:
             raise await self._named([error]) from error
         return update

@@ -44,6 +44,7 @@ class Ledger:
         self._num_out: Counter[int] = Counter()  # by the version they were leased at
         self._num_done: Counter[int] = Counter()  # of these, finished
         self._in_step: list[Key] = []  # what was consumed last
+        self._num_dropped_before = 0  # by the end of the last step
         self.num_leased = 0  # ever, drops not counted
         self.num_consumed = 0
         self.num_dropped = 0
@@ -107,6 +108,7 @@ class Ledger:
         for key in self._in_step:
             assert self._remove(key).finished, f"{key} was not finished"
             self.num_consumed += 1
+        self._num_dropped_before = self.num_dropped
 
     def refuse(self, keys: Iterable[Key]) -> None:
         """The step that consumed these was refused: they count as dropped, and the version stays, so
@@ -117,6 +119,7 @@ class Ledger:
         self.num_leased -= len(refused)
         self.num_consumed -= len(refused)
         self.num_dropped += len(refused)
+        self._num_dropped_before = self.num_dropped
 
     def __len__(self) -> int:
         """Prompts that are out: leased or finished, not consumed."""
@@ -131,7 +134,7 @@ class Ledger:
         for counts in (self._leases, self._num_out, self._num_done):
             counts.clear()
         self._next_number = self._num_finished = 0
-        self.num_leased = self.num_consumed = self.num_dropped = 0
+        self.num_leased = self.num_consumed = self.num_dropped = self._num_dropped_before = 0
 
     def num_awaited(self, version: int) -> int:
         """Prompts that were leased at an older version and are not finished."""
@@ -152,12 +155,13 @@ class Ledger:
 
     def without_leases(self) -> dict[str, Any]:
         """The state as it was before anything was leased that is not consumed."""
-        return {**self.state(), "num_leased": self.num_consumed, "leases": []}
+        before = {"num_leased": self.num_consumed, "num_dropped": self._num_dropped_before}
+        return {**self.state(), **before, "leases": []}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.num_leased = state["num_leased"]
         self.num_consumed = state["num_consumed"]
-        self.num_dropped = state["num_dropped"]
+        self.num_dropped = self._num_dropped_before = state["num_dropped"]
         for saved in sorted(state["leases"], key=lambda lease: lease["number"]):
             prompt = Prompt(**{**saved["prompt"], "ids": tuple(saved["prompt"]["ids"])})
             self._add(Lease(**{**saved, "prompt": prompt}))

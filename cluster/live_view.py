@@ -115,6 +115,8 @@ class LiveView:
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A step is over; these are its metrics, "step" among them."""
+        if self._ends and metrics["step"] <= self._ends[-1][0]:  # the run went back to a checkpoint
+            self._ends.clear()
         if metrics["step"] > 0:  # from the first step's end on: what came before says no pace
             self._ends.append((metrics["step"], self._clock()))
         self._done = metrics["step"]

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 START_TIMEOUT_S = 600.0  # for a role to load its models
-DEATHS = ("ActorDiedError", "ActorUnavailableError", "RayActorError")  # Ray's, by name
+# Ray's, by name. An answer is lost with the machine that it lay on, and with that its actor.
+DEATHS = ("ActorDiedError", "ActorUnavailableError", "RayActorError")
+LOST_ANSWERS = (
+    "ObjectLostError",
+    "ObjectReconstructionFailedError",
+    "ObjectFetchTimedOutError",
+    "OwnerDiedError",
+)
 
 
 class RoleFailed(Exception):
@@ -33,8 +40,8 @@ class RoleFailed(Exception):
 
     @property
     def comes_back(self) -> bool:
-        """Ray is about to restart the process."""
-        return type(self.cause).__name__ == "ActorUnavailableError"
+        """Asking again may help: Ray is about to restart the process, if it may."""
+        return type(self.cause).__name__ in ("ActorUnavailableError", *LOST_ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ async def ask_beside(
     member: Member, method: Any, *args: Any, within: float
 ) -> tuple[Any, Any | None]:
     """`ask` for a method that returns (answer, payload). The payload of an actor stays where it is:
-    what is returned is a reference, owned by this process, so that it outlives the actor."""
+    what is returned is a reference, owned by this process, so that it outlives the actor; `Host.keep`
+    makes it outlive the actor's machine."""
     if not hasattr(method, "remote"):
         return await ask(member, method, *args, within=within)
     payloads: list[Any] = []
@@ -98,6 +106,9 @@ def _failed(member: Member, label: str, error: Exception) -> RoleFailed:
     if type(error).__name__ in DEATHS:
         message = f"{member.name}: its process died during {label}{_reason(error)}"
         return RoleFailed(message, kind="died", cause=error)
+    if type(error).__name__ in LOST_ANSWERS:
+        message = f"{member.name}: its machine was lost, and the answer to {label} with it"
+        return RoleFailed(message, kind="died", cause=error)
     cause = getattr(error, "cause", None) or error  # Ray wraps what the method raised
     return RoleFailed(f"{member.name}: {label}: {type(cause).__name__}: {cause}", cause=cause)
 
@@ -126,6 +137,11 @@ class Host(Protocol):
 
     def share(self, value: Any) -> Any:
         """`value`, or a reference to it that any number of members can be given at one copy's cost."""
+        ...
+
+    async def keep(self, member: Member, payload: Any, *, within: float) -> Any:
+        """What `ask_beside` gave of a member's, where no other machine's loss can reach it. RoleFailed
+        if it is lost already."""
         ...
 
     async def same_machine(self, members: list[Member]) -> bool: ...
@@ -159,6 +175,9 @@ class InProcessHost:
 
     def share(self, value: Any) -> Any:
         return value
+
+    async def keep(self, member: Member, payload: Any, *, within: float) -> Any:
+        return payload
 
     async def same_machine(self, members: list[Member]) -> bool:
         return True

@@ -23,6 +23,7 @@ from cluster.doctor import Inputs, longest_sequence
 from cluster.fit import available_bytes, host_total
 from cluster.gpus import check_gpus, gpu_bytes, gpus_in_words, gpus_of
 from cluster.memory import ITEM, Need, checkpoint_bytes, microbatches, needs
+from cluster.pace import step_seconds
 from cluster.placement import Host
 from cluster.ray_host import RayHost
 from cluster.redaction import printable
@@ -109,17 +110,24 @@ def _step(config: RunConfig, inputs: Inputs) -> Iterator[Row]:
     mode = f"asynchronous, staleness at most {staleness}" if staleness else "synchronous"
     flying = (1 + staleness) * config.prompts_per_step
     yield "mode", f"{mode}; up to {flying} prompts in flight; anchor {ppo.anchor}"
-    yield "time", _time(config)
+    yield "time", _time(config, inputs)
 
 
-def _time(config: RunConfig) -> str:
-    """By an earlier run of the same name, if there is one."""
+def _time(config: RunConfig, inputs: Inputs) -> str:
+    """By an earlier run of the same name, if there is one; else roughly, if that can be told."""
     took = list(_step_seconds(config.run_dir / "metrics.jsonl"))
-    if not took:
-        return "not known: there is no earlier run of this name"
-    step_s = statistics.median(took)
+    if took:
+        step_s, by = statistics.median(took), "in the earlier run of this name"
+    elif config.device == "cuda" or (shapes := read_shapes(config)) is None:
+        what = (
+            "GPUs are not measured" if config.device == "cuda" else "the model's form is not known"
+        )
+        return f"not known: there is no earlier run of this name, and {what}"
+    else:
+        step_s = step_seconds(config, inputs, shapes)
+        by = "by a rough estimate (products of matrices alone, as fast as here now, all of max_tokens)"
     whole = step_s * config.num_steps / 60
-    return f"{step_s:.2f} s a step in the earlier run of this name: {whole:,.1f} min for {config.num_steps}"
+    return f"{step_s:.2f} s a step {by}: {whole:,.1f} min for {config.num_steps}"
 
 
 def _step_seconds(path: Path) -> Iterator[float]:
@@ -145,6 +153,8 @@ def _roles(config: RunConfig, inputs: Inputs) -> Iterator[Row]:
     if found:
         total, has = _gib(host_total(found)), _gib(available_bytes())
         yield "memory", f"about {total} of this machine together, of {has} available"
+    if inputs.too_little_memory:
+        yield "", f"WARNING: {inputs.too_little_memory}"
 
 
 def _who(config: RunConfig) -> dict[str, str]:

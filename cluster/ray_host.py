@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shlex
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from cluster.placement import Member, RoleFailed, ask
 from cluster.processes import kill_worker, stack_of
 
 PLACEMENT_TIMEOUT_S = 60.0
+NODE_TIMEOUT_S = 1.0
+NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 
 
 class RayHost:
@@ -70,8 +73,13 @@ class RayHost:
             "max_restarts": max_restarts,
             "runtime_env": runtime_env,
         }
+        alive = self._alive()
+        where = _not_on_lost(alive) if len(alive) > 1 else {}
         if gpus:
-            options["scheduling_strategy"] = self._bundle(name, gpus)
+            options["scheduling_strategy"] = self._bundle(name, gpus, where)
+        elif len(alive) > 1:
+            # A byte, because what needs nothing Ray lets any node place, a lost one too.
+            options |= {"scheduling_strategy": "SPREAD", "memory": 1, "label_selector": where}
         handle = self._ray.remote(kind).options(**options).remote(*args)
         member = Member(name, handle)
         self.locate(member)
@@ -81,12 +89,19 @@ class RayHost:
         """Ask the member where it runs, for `kill` and `stack`; again after Ray restarted it."""
         self._places[member.name] = member.handle.__ray_call__.remote(_place)
 
-    def _bundle(self, name: str, gpus: float) -> Any:
+    def _alive(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
+
+    def _bundle(self, name: str, gpus: float, where: dict[str, str]) -> Any:
         """A placement group of its own: one that cannot be had is an error in words, not a wait."""
         from ray.util.placement_group import placement_group, placement_group_table
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = placement_group([{"GPU": gpus}], strategy="STRICT_PACK")
+        group = placement_group(
+            [{"GPU": gpus}],
+            strategy="STRICT_PACK",
+            bundle_label_selector=[where] if where else None,
+        )
         if not group.wait(PLACEMENT_TIMEOUT_S):
             state = placement_group_table(group).get("stats", {}).get("scheduling_state", "PENDING")
             free = self._ray.available_resources().get("GPU", 0)
@@ -100,12 +115,20 @@ class RayHost:
     def share(self, value: Any) -> Any:
         return self._ray.put(value)
 
+    async def keep(self, member: Member, payload: Any, *, within: float) -> Any:
+        """One that lies on another node is copied to this one: were this one lost, so were the run."""
+        if self._where(member)[0] == self._here():
+            return payload
+        return self.share(await ask(member, fetch, payload, within=within))
+
     async def same_machine(self, members: list[Member]) -> bool:
-        if len([node for node in self._ray.nodes() if node["Alive"]]) == 1:
+        if len(self._alive()) == 1:
             return True
-        nodes = [member.handle.__ray_call__.remote(_node_id) for member in members]
-        found = await asyncio.wait_for(asyncio.gather(*nodes), PLACEMENT_TIMEOUT_S)
-        return len(set(found)) == 1
+        asked = [
+            ask(member, fetch, self._places[member.name], within=PLACEMENT_TIMEOUT_S)
+            for member in members
+        ]
+        return len({node for node, _ in await asyncio.gather(*asked)}) == 1
 
     async def stop(self, members: list[Member]) -> None:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]
@@ -147,16 +170,38 @@ class RayHost:
             self._forks.close()
 
 
+def fetch(reference: Any) -> Any:
+    """To be asked like a method: what the reference is to."""
+    return reference
+
+
 def _place(_: Any) -> tuple[str, int]:
     """Runs inside an actor: (node, pid)."""
-    return _node_id(_), os.getpid()
-
-
-def _node_id(_: Any) -> str:
-    """Runs inside an actor."""
     import ray
 
-    return ray.get_runtime_context().get_node_id()
+    return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+def _not_on_lost(nodes: list[dict[str, Any]]) -> dict[str, str]:
+    """A label selector against those that do not answer: it takes Ray some 15 s to count one that is
+    lost as dead, and what it starts there meanwhile dies with it."""
+    lost = [node["NodeID"] for node in nodes if not _answers(node)]
+    return {NODE_LABEL: f"!in({','.join(lost)})"} if lost else {}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether the node's raylet keeps up a connection. That it is taken says little: the kernel of one
+    that is being ended still does that."""
+    address = node["NodeManagerAddress"], node["NodeManagerPort"]
+    connected = False
+    try:
+        with socket.create_connection(address, timeout=NODE_TIMEOUT_S) as connection:
+            connected = True
+            return connection.recv(1) != b""  # it speaks first; with TLS it waits for us
+    except TimeoutError:
+        return connected
+    except OSError:
+        return False
 
 
 def _python_path() -> str:
@@ -168,8 +213,6 @@ def _python_path() -> str:
 
 def _probe(address: str) -> None:
     """Refuse a dead address at once: Ray itself would retry for minutes."""
-    import socket
-
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -1,9 +1,10 @@
 """`raylign train --max-restarts N`: the run in a process of its own, started again with --resume when
 it failed or was killed.
 
-Only a run that failed (exit code 3) or whose process died is started again. Bad input, a stop that
-was asked for and the end are passed on. A driver that does nothing any more is killed first: once it is
-up it writes its heartbeat into status.json, whatever it waits for.
+Only a run that failed (exit code 3) or whose process died is started again (of a driver whose own
+machine's part of the cluster is gone, Ray makes exit code 1). Bad input, a stop that was asked for and
+the end are passed on. A driver that does nothing any more is killed first: once it is up it writes its
+heartbeat into status.json, whatever it waits for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ CHECK_S = 1.0
 LEAST_HEARTBEAT_S = 10.0  # two beats
 START_S = 600.0  # until the first
 FAILED = 3
+ENDED_BY_RAY = 1
 TRAIN = (sys.executable, "-m", "cluster.cli", "train")
 
 
@@ -44,14 +46,14 @@ def run_again(
     attempts = 0
     while True:
         code = _Attempt(words, run_dir, heartbeat_s, start_s).wait()
-        if code != FAILED and code >= 0:
+        if code not in (FAILED, ENDED_BY_RAY) and code >= 0:
             return code
         if attempts == max_restarts:
             print(
                 f"raylign: it ended with {code}, restarted {attempts} times; given up",
                 file=sys.stderr,
             )
-            return FAILED if code < 0 else code
+            return FAILED
         attempts += 1
         print(
             f"raylign: it ended with {code}; restart {attempts} of {max_restarts}", file=sys.stderr

@@ -23,7 +23,7 @@ from actors.config import GeneratorsConfig, SamplingConfig
 from actors.rollout_worker import RolloutWorker, Scoring
 from actors.trajectory import Key, select, to_table
 from actors.weight_update import WeightLayout, WeightUpdate
-from cluster.placement import DEATHS, RoleFailed
+from cluster.placement import DEATHS, LOST_ANSWERS, RoleFailed
 from cluster.redaction import printable
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from reward_service.api import ScoreRequest
@@ -103,8 +103,8 @@ class LearnerRole:
     def publish(self, version: int) -> WeightUpdate | None:
         return self._worker.publish(version)
 
-    def last_update(self) -> WeightUpdate | None:
-        return self._worker.last_update()
+    def last_update(self, in_message: bool) -> WeightUpdate | None:
+        return self._worker.last_update(in_message)
 
     def update(
         self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Table
@@ -162,9 +162,9 @@ def _awaiting(call: Any) -> Any:
                 return await call(requests)
             except Exception as error:
                 name = type(error).__name__
-                if name in DEATHS and name != "ActorUnavailableError":
-                    raise RoleFailed("the reward service's process died") from None
-                if name not in DEATHS:
+                if name not in ("ActorUnavailableError", *LOST_ANSWERS):
+                    if name in DEATHS:
+                        raise RoleFailed("the reward service's process died") from None
                     raise
             await asyncio.sleep(AGAIN_S)
 

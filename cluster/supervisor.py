@@ -6,9 +6,10 @@
     push (learner -> generators)             until each has proved the new weights
 
 `take` waits for `collect`, is unblocked by it, and fails with it or with a push. A generator that dies,
-hangs or breaks is replaced (generator_group.py) and its prompts go out again, to the others at once;
-where it may not be replaced the wait ends with a RoleFailed that names it. What passes through here are
-names, counts and references; trajectories stay where they are until the learner reads them.
+hangs, breaks or is lost with its machine is replaced (generator_group.py) and its prompts go out again,
+to the others at once; where it may not be replaced the wait ends with a RoleFailed that names it. What
+passes through here are names, counts and references; trajectories stay on the machine they are on, or
+come to this one, until the learner reads them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Supervisor:
             ping_s=ping_timeout_s,
             replacement=replacement,
         )
+        self._host = host
         self.stream = stream
         self.ledger = ledger
         self.buffer = TrajectoryBuffer()
@@ -88,8 +90,10 @@ class Supervisor:
         await self._submit(prompts)
 
     async def resubmit(self) -> None:
-        """After a resume: what was out when the checkpoint was made goes out again."""
-        await self._submit(self.ledger.outstanding())
+        """After a resume: what was out when the checkpoint was made goes out again. Not what was leased
+        since: when a learner has been replaced, the push of its weights has handed that out."""
+        out = {*self._holder, *(prompt.key for prompt in self._homeless)}
+        await self._submit([p for p in self.ledger.outstanding() if p.key not in out])
 
     async def take(self, version: int, stop: asyncio.Event) -> Batch | None:
         """The trajectories of the learner's next step, it being at `version`; None if `stop` was set
@@ -189,17 +193,7 @@ class Supervisor:
         member = self.group.members[place]
         last_heard = time.monotonic()
         while True:
-            rollouts, chunk = await self.group.or_lost(
-                place,
-                member,
-                ask_beside(
-                    member,
-                    member.handle.take,
-                    POLL_S,
-                    self._linger_s,
-                    within=POLL_S + self._ping_s,
-                ),
-            )
+            rollouts, chunk = await self.group.or_lost(place, member, self._take_from(member))
             if rollouts:
                 last_heard = time.monotonic()
                 self._receive(rollouts, chunk)
@@ -215,6 +209,16 @@ class Supervisor:
                     f"{member.name}: no completion for {self._timeout_s:g} s", kind="silent"
                 )
                 raise self.group.given_up(place, member, silent)
+
+    async def _take_from(self, member: Member) -> tuple[Rollouts, Any]:
+        """What it has finished. Until this returns, nothing counts as finished: what is lost on the way
+        is still out there, and goes to another generator like the rest."""
+        rollouts, chunk = await ask_beside(
+            member, member.handle.take, POLL_S, self._linger_s, within=POLL_S + self._ping_s
+        )
+        if rollouts.finished:
+            chunk = await self._host.keep(member, chunk, within=self._ping_s)
+        return rollouts, chunk
 
     def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
         self.buffer.add(rollouts.finished, chunk)

@@ -102,11 +102,12 @@ class LearnerWorker:
         assert self._publisher is not None, "prepare_publish comes first"
         return self._publisher.publish(version, self._probe)
 
-    def last_update(self) -> WeightUpdate | None:
+    def last_update(self, in_message: bool) -> WeightUpdate | None:
         """What was last published, in full, for a generator that holds no version yet; on rank 0.
-        No collective, and whatever the weights have become since."""
+        `in_message`: it can not map the segment. No collective, and whatever the weights have become
+        since."""
         assert self._publisher is not None, "prepare_publish comes first"
-        return self._publisher.last_update()
+        return self._publisher.last_update(in_message)
 
     def update(
         self, table: pa.Table, step: int, version: int, folder: str

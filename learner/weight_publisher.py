@@ -111,16 +111,18 @@ class WeightPublisher:
             version, self.layout.id, digests, probe, place, write_s=write_s, probe_s=probe_s
         )
         if place or last is None or not self._delta:
-            return self.last_update()
+            return self.last_update(in_message=not place)
         payload, delta_s = _timed(weight_delta.encode, self.layout, self._images[before], image)
         return replace(self._last, payload=payload, base=last.version, write_s=write_s + delta_s)
 
-    def last_update(self) -> WeightUpdate | None:
-        """The last version in full, on rank 0: for a receiver that holds none."""
-        if self._last is None or self._last.segment:
+    def last_update(self, in_message: bool) -> WeightUpdate | None:
+        """The last version in full, on rank 0: for a receiver that holds none. `in_message`: even if it
+        lies in a segment, for a receiver on another machine."""
+        if self._last is None or (self._last.segment and not in_message):
             return self._last
         image = self._images[self._turn]
-        return replace(self._last, payload=tuple(image[s:e].copy() for s, e in self.layout.buckets))
+        payload = tuple(image[start:end].copy() for start, end in self.layout.buckets)
+        return replace(self._last, segment="", payload=payload)
 
     def close(self) -> None:
         """Remove the segments; generators that mapped them keep their copy."""

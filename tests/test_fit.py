@@ -53,7 +53,7 @@ def host_bytes(config: RunConfig) -> int:
 
 
 def proposed(message: str) -> list[tuple[str, Any]]:
-    settings = message.rsplit("; ", 1)[1].removesuffix(" would fit").split()
+    settings = message.rsplit("; ", 2)[1].removesuffix(" would fit").split()
     pairs = [setting.split("=") for setting in settings]
     return [(key, float(value) if "." in value else int(value)) for key, value in pairs]
 
@@ -127,7 +127,18 @@ def test_where_nothing_helps_no_setting_is_proposed(
     load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = refusal(load(), Room(GiB, ()), monkeypatch)
-    assert message.endswith("take a smaller model or a larger machine")
+    assert "; take a smaller model or a larger machine; this is an estimate" in message
+
+
+def test_whoever_knows_better_than_the_estimate_is_warned_only(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refusal(load(), Room(GiB, ()), monkeypatch)
+    assert message.endswith("; this is an estimate, too_little_memory=warn goes on all the same")
+    warned = load({"too_little_memory": "warn"})
+    assert check_fit(warned, SHAPES, LONGEST) == message.rsplit("; ", 1)[0]
+    monkeypatch.setattr(fit, "room_here", lambda config: Room(1 << 50, ()))
+    assert check_fit(warned, SHAPES, LONGEST) == ""
 
 
 def test_a_cluster_that_is_joined_is_not_judged_by_this_machine(

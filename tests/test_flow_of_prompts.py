@@ -73,7 +73,8 @@ class FlowMachine(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 3), at=st.integers(0, 3))
     def a_generator_is_lost(self, place: int, at: int) -> None:
-        """What it held goes out again, to any of them, under the same lease."""
+        """What it held goes out again, to any of them, under the same lease; so does what it had finished
+        and what was lost on the way here, for that is finished only when it is in the buffer."""
         held = self.out[place % len(self.out)]
         again = [p for p in self.ledger.outstanding() if (p.prompt_id, p.epoch) in held]
         assert len(again) == len(held)

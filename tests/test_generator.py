@@ -17,7 +17,7 @@ from actors.config import GeneratorsConfig
 from actors.generator import PROBE_ID, GenerateRequest, Generator, GeneratorFailed
 from actors.trajectory import Completion
 from actors.weight_update import (
-    BaseMissing,
+    NeedsAll,
     Probe,
     WeightLayout,
     WeightsRejected,
@@ -296,8 +296,8 @@ async def test_bytes_that_the_receiver_refuses_stop_the_generator(make: Make) ->
 async def test_a_delta_without_its_base_leaves_everything_as_it_was(make: Make) -> None:
     generator, engine = make()
     await within(generator.receive_weights(update(1)))
-    engine.failing["receive_weights"] = BaseMissing("send it in full")
-    with pytest.raises(BaseMissing, match="generator-0: send it in full"):
+    engine.failing["receive_weights"] = NeedsAll("send it in full")
+    with pytest.raises(NeedsAll, match="generator-0: send it in full"):
         await within(generator.receive_weights(update(3)))
     assert (await within(generator.status()))["version"] == 1
     (made,) = await generated(generator, "a")

@@ -63,12 +63,14 @@ def published(rank, meeting, one: Case, folder: Path, name: str | None):
             np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
         )
     files = sorted(folder.glob("weights*"))
-    again = worker.last_update()
+    again = worker.last_update(in_message=False)
+    message = worker.last_update(in_message=True)
     worker.close()
     left = sorted(folder.glob("weights*")) if rank == 0 else []
     return {
         "layout": layout,
         "again": again,
+        "message": message,
         "versions": versions,
         "at the end": bytes_at_end,
         "files": [file.name for file in files],
@@ -92,7 +94,7 @@ def deltas(rank, meeting, one: Case, folder: Path):
     updates = []
     for version in (1, 2, 3):
         worker.update(batch_table(seed=version), version, version, str(folder))
-        updates.append((worker.publish(version), worker.last_update()))
+        updates.append((worker.publish(version), worker.last_update(in_message=False)))
     worker.close()
     return layout, updates
 
@@ -169,6 +171,18 @@ def test_what_was_published_stays_as_it_was_while_the_next_version_is_made(runs,
     run = runs["tied float32", where]
     for version in run["versions"][1:]:
         assert np.array_equal(run["at the end"][version["update"].version], version["data"])
+
+
+def test_for_a_generator_on_another_machine_the_segment_goes_into_the_message(runs):
+    for where in (True, False):
+        run = runs["tied float32", where]
+        last, message = run["versions"][-1], run["message"]
+        assert (message.version, message.digests, message.segment) == (
+            last["update"].version,
+            last["update"].digests,
+            "",
+        )
+        assert np.array_equal(np.concatenate(message.payload), last["data"])
 
 
 def test_two_segments_take_turns_and_none_is_left_behind(runs):

@@ -59,6 +59,17 @@ def test_without_a_terminal_a_step_is_one_plain_line() -> None:
     ]
 
 
+def test_a_run_that_went_back_to_a_checkpoint_counts_its_pace_anew() -> None:
+    console, text = screen(terminal=False)
+    clock = Clock()
+    with LiveView("demo", 4, console=console, clock=clock) as view:
+        for step in (1, 2, 1, 2):
+            clock.now += 30
+            view.step({"step": step, "time": 0.0})
+    left = [line.split(" | ")[1:] for line in text.getvalue().splitlines()]
+    assert left == [[], ["1:00 left"], [], ["1:00 left"]]
+
+
 @pytest.mark.parametrize("variable", ["CI", "RAY_JOB_CONFIG_JSON_ENV_VAR"])
 def test_in_ci_and_in_a_ray_job_output_is_plain(
     monkeypatch: pytest.MonkeyPatch, variable: str

@@ -95,6 +95,16 @@ async def test_a_death_is_told_as_one(member: Member) -> None:
         await ask(member, RemoteMethod(Died("lengthy words of Ray's")), within=1)
 
 
+async def test_an_answer_that_is_lost_with_its_machine_is_a_death_too(member: Member) -> None:
+    class ObjectReconstructionFailedError(Exception):
+        pass
+
+    with pytest.raises(RoleFailed, match=r"generator-1: its machine was lost.* take") as failed:
+        await ask(member, RemoteMethod(ObjectReconstructionFailedError("at length")), within=1)
+    assert failed.value.kind == "died"
+    assert failed.value.comes_back  # elsewhere, if Ray may restart it
+
+
 async def test_what_ray_wraps_is_told_by_its_cause(member: Member) -> None:
     wrapped = RuntimeError("a traceback of forty lines")
     wrapped.cause = ValueError("no such token")  # type: ignore[attr-defined]
@@ -117,6 +127,7 @@ async def test_in_one_process_a_member_is_the_object_itself() -> None:
     assert await host.same_machine([made])
     value = object()
     assert host.share(value) is value
+    assert await host.keep(made, value, within=1) is value
     await host.stop([made])
     assert made.handle.closed == 1
 

@@ -21,6 +21,7 @@ FUNCTION = {"kind": "function", "function": "examples.arithmetic.rewards:exact_a
 def load(tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("cluster.fit.available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr("cluster.pace.core_rates", lambda hidden, mlp, rows: [1e6] * len(rows))
 
     def loader(changes: dict[str, Any] | None = None) -> RunConfig:
         tree = tiny.changed(tiny.run_tree(tmp_path, policy), changes or {})
@@ -75,6 +76,13 @@ def test_who_runs_where_and_what_each_takes(load: Any, tmp_path: Path, policy: P
     assert rows["judge"].startswith("1 x function on cpu; about ")
     assert "of this machine together" in rows["memory"]
     assert "vllm" in rows["versions"]
+
+
+def test_a_warning_of_too_little_memory_stands_in_the_plan(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.fit.available_bytes", lambda: 1 << 20)
+    assert "WARNING: memory: " in text_of(load({"too_little_memory": "warn"}))
 
 
 def test_on_gpus_the_gpus_memory_is_told_apart_from_the_machines(
@@ -139,14 +147,24 @@ def test_long_prompts_are_counted_where_they_are_dropped(load: Any, tmp_path: Pa
 # ---- time
 
 
-def test_the_time_is_known_from_an_earlier_run_of_the_name_only(load: Any) -> None:
+def test_the_time_is_that_of_an_earlier_run_of_the_name_else_a_rough_estimate(load: Any) -> None:
     config = load({"num_steps": 60})
-    assert "not known: there is no earlier run" in text_of(config)
+    assert " s a step by a rough estimate (" in text_of(config)
     config.run_dir.mkdir(parents=True)
     lines = [json.dumps({"time/step_s": s}) for s in (30.0, 2.0, 1.0)]
     text = "\n".join([*lines, '{"sft/loss": 1}', '{"time/st'])
     (config.run_dir / "metrics.jsonl").write_text(text)
     assert "2.00 s a step in the earlier run of this name: 2.0 min for 60" in text_of(config)
+
+
+def test_where_no_time_can_be_told_the_plan_says_why(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.fit.gpu_bytes", lambda: ())
+    said = "not known: there is no earlier run of this name, and "
+    assert said + "GPUs are not measured" in text_of(load({"device": "cuda"}))
+    monkeypatch.setattr(plan_module, "read_shapes", lambda config: None)
+    assert said + "the model's form is not known" in text_of(load())
 
 
 # ---- resources

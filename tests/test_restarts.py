@@ -78,7 +78,7 @@ def calls(folder: Path) -> list[list[str]]:
 FIRST, AGAIN = ["ppo.yaml", "--overwrite"], ["ppo.yaml", "--resume"]
 
 
-@pytest.mark.parametrize("how", [3, "killed"])
+@pytest.mark.parametrize("how", [3, 1, "killed"])
 def test_what_failed_or_was_killed_goes_on_from_its_checkpoint(folder: Path, how: object) -> None:
     assert ended(folder, how, how, 0) == 0
     assert calls(folder) == [FIRST, AGAIN, AGAIN]

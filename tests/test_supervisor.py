@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,12 @@ from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.scored import Dropped
 from actors.trajectory import Prompt, from_table, select, to_table
-from actors.weight_update import Probe, WeightLayout, WeightsRejected, WeightUpdate
+from actors.weight_update import NeedsAll, Probe, WeightLayout, WeightsRejected, WeightUpdate
 from cluster import supervisor as supervisor_module
 from cluster.generator_group import Replacement
+from cluster.learner_group import LearnerLost
 from cluster.ledger import Ledger
-from cluster.placement import InProcessHost, Member, RoleFailed
+from cluster.placement import Host, InProcessHost, Member, RoleFailed
 from cluster.supervisor import Supervisor
 from learner.trajectory_buffer import Batch
 from tests import tiny
@@ -44,7 +45,7 @@ class FakeWorker:
         self.failure: Exception | None = None
         self.silent: set[str] = set()  # methods that never answer
         self.updates: list[Any] = []
-        self.dead = self.rejects = False
+        self.dead = self.rejects = self.elsewhere = False
         self.log: list[str] = []
         self._by_itself = by_itself
 
@@ -101,6 +102,8 @@ class FakeWorker:
         self._alive()
         if self.rejects:
             raise WeightsRejected("the digest is another")
+        if self.elsewhere and update.segment:
+            raise NeedsAll("the segment is not on this machine")
         self.log.append(f"prove {update.version}")
         self.updates.append(update)
         return {"probe_difference": 0.0}
@@ -114,7 +117,7 @@ class FakeWorker:
             await asyncio.sleep(60)
 
 
-async def last_update() -> WeightUpdate:
+async def last_update(in_message: bool) -> WeightUpdate:
     return UPDATE
 
 
@@ -137,6 +140,8 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
         on_drop: Callable[[Dropped], None] = lambda dropped: None,
         spares: list[FakeWorker] | None = None,
         max_restarts: int = 10,
+        host: Host | None = None,
+        last_update: Callable[[bool], Awaitable[WeightUpdate]] = last_update,
     ) -> tuple[Supervisor, list[FakeWorker]]:
         fakes = [FakeWorker(by_itself=by_itself) for _ in range(workers)]
 
@@ -148,7 +153,7 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
         made.append(
             Supervisor(
                 [Member(f"generator-{i}", fake) for i, fake in enumerate(fakes)],
-                InProcessHost(),
+                host or InProcessHost(),
                 PromptStream([tiny.prompt(i) for i in range(prompts)], seed=0, shuffle=False),
                 Ledger(prompts_per_step=n, max_staleness=staleness),
                 rollout_timeout_s=TIMEOUT_S,
@@ -376,6 +381,15 @@ async def test_after_a_resume_what_was_out_goes_out_again_and_nothing_else(make:
     assert await take(second) == ["p0", "p1", "p2", "p3"]
 
 
+async def test_what_was_handed_out_already_is_not_handed_out_again(make: Make) -> None:
+    """A learner is replaced: its first push leases what may be leased, then the rest goes out again."""
+    supervisor, (one, two) = make(4, by_itself=False)
+    supervisor.ledger.lease(tiny.prompt(9), 0)  # of the checkpoint
+    await admit(supervisor, 0)
+    await supervisor.resubmit()
+    assert sorted(one.submitted + two.submitted) == ["p0/0", "p1/0", "p2/0", "p9/0"]
+
+
 async def test_weights_are_received_when_every_generator_has_proved_them(make: Make) -> None:
     supervisor, workers = make()
     await supervisor.group.agree_layout(LAYOUT)
@@ -452,6 +466,66 @@ async def test_what_is_admitted_while_no_generator_is_there_waits_for_the_next_o
     await admit(supervisor, 0)
     assert await take(supervisor) == ["p0", "p1", "p2"]  # of the second spare: the first is stuck
     assert spare.submitted == []
+
+
+class LosesOne(InProcessHost):
+    """A machine is lost between the answer of a generator and its payload's coming here."""
+
+    def __init__(self) -> None:
+        self.lost: list[Any] = []
+
+    async def keep(self, member: Member, payload: Any, *, within: float) -> Any:
+        if not self.lost and member.name == "generator-0":
+            self.lost.append(payload)
+            member.handle.dead = True
+            raise RoleFailed(f"{member.name}: its machine was lost", kind="died")
+        return payload
+
+
+async def test_what_was_finished_on_a_lost_machine_is_rolled_out_again_and_trained_once(
+    make: Make,
+) -> None:
+    host, spare = LosesOne(), FakeWorker()
+    spare.silent.add("status")
+    supervisor, workers = make(4, host=host, spares=[spare])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    assert await take(supervisor) == ["p0", "p1", "p2", "p3"]
+    assert len(host.lost) == 1
+    assert {*workers[0].submitted} < {*workers[1].submitted}
+    assert (len(supervisor.ledger), supervisor.ledger.num_dropped) == (0, 0)
+
+
+async def test_weights_come_in_the_message_where_their_segment_is_not(make: Make) -> None:
+    """A new generator on another machine, and every push to it."""
+    spare, asked = FakeWorker(), []
+    spare.elsewhere = True
+
+    async def in_full(in_message: bool) -> WeightUpdate:
+        asked.append(in_message)
+        return UPDATE if in_message else replace(UPDATE, segment="/dev/shm/of-another")
+
+    supervisor, workers = make(2, workers=1, spares=[spare], last_update=in_full)
+    await opened(supervisor)
+    workers[0].dead = True
+    await until(lambda: spare.updates == [UPDATE] and supervisor.group.present() == [0])
+    await supervisor.push(replace(UPDATE, version=4, segment="/dev/shm/of-another"))
+    assert spare.updates == [UPDATE] * 2  # what in_full gives is the newest
+    assert asked == [False, True, True]
+
+
+async def test_a_learner_lost_while_a_generator_is_replaced_is_told_as_that(make: Make) -> None:
+    """And does not use up the generators that may still be started."""
+
+    async def lost(in_message: bool) -> WeightUpdate:
+        raise LearnerLost("learner-0: its process died", kind="died")
+
+    supervisor, workers = make(2, workers=1, spares=[FakeWorker()], last_update=lost)
+    await opened(supervisor)
+    workers[0].dead = True
+    with pytest.raises(LearnerLost, match="learner-0"):
+        await take(supervisor)
+    assert supervisor.group.present() == []
 
 
 async def test_a_generator_that_rejects_weights_is_replaced_and_the_push_counts_for_the_others(

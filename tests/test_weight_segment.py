@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.weight_receiver import WeightReceiver, _Receiver
 from actors.weight_segment import SegmentInUse, SegmentReader, WrittenSegment
+from actors.weight_update import NeedsAll, Probe, WeightLayout, WeightUpdate
 
 
 @pytest.fixture
@@ -29,6 +31,14 @@ def test_readers_see_what_was_written_without_mapping_it_again(segment: WrittenS
     for reader, data in zip(readers, first, strict=True):
         assert reader.hold(segment.path) is data
         assert (data == 7).all()
+
+
+def test_where_a_segment_is_not_the_weights_are_asked_for_in_full(tmp_path: Path) -> None:
+    layout = WeightLayout.of([("w", (4,))], "float32")
+    update = WeightUpdate(3, layout.id, (), Probe((1, 2), (-0.5,)), str(tmp_path / "elsewhere"))
+    receiver = _Receiver(WeightReceiver(), layout, None, shared=False, keeps_image=False)
+    with pytest.raises(NeedsAll, match=r"version 3 lies in .*/elsewhere"):
+        receiver.receive(update)
 
 
 def test_a_reader_cannot_write(segment: WrittenSegment) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import work
-from tests.chaos import calls, disk, drivers, full_disk, roles, soak, throughput, weights
+from tests.chaos import calls, disk, drivers, full_disk, nodes, roles, soak, throughput, weights
 from tests.chaos.faults import Fault, Hang
 from tests.integration.conftest import made_workshop
 from tests.integration.runs import Workshop
@@ -33,7 +33,7 @@ ROLES = {
     "learner rank killed": 8,
     "learner rank stopped": 4,
 }
-SCENARIOS = ("roles", "drivers", "drivers_async", "calls", "weights", "disk", "full_disk")
+SCENARIOS = ("roles", "nodes", "drivers", "drivers_async", "calls", "weights", "disk", "full_disk")
 LONG = ("throughput", "soak")  # measure; they are run by name only
 NOTES = """\
 lost: samples that were neither trained nor dropped with a reason. Back: generator, reward service and
@@ -64,6 +64,9 @@ class Chaos:
     def _roles(self) -> list[Fault]:
         counts = {kind: self._number(count) for kind, count in ROLES.items()}
         return self._audited("chaos-roles", roles.run(self._shop, self._rng, counts))
+
+    def _nodes(self) -> list[Fault]:
+        return self._audited(nodes.NAME, nodes.run(self._shop, self._rng, self._number(10)))
 
     def _drivers(self) -> list[Fault]:
         return self._struck("synchronous", stops=self._number(3))

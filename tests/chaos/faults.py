@@ -53,6 +53,27 @@ class Events:
             time.sleep(0.05)
         raise Hang(f"no {name} within {within_s:g} s")
 
+    def wait_for_all(
+        self,
+        pairs: list[tuple[str, str]],
+        since: float,
+        within_s: float,
+        alive: Callable[[], bool],
+    ) -> tuple[float, float]:
+        """Of pairs of events, all of which must come: when the first came, and when the last. In rounds:
+        a run that goes back to a checkpoint may withdraw one before another has come."""
+        left, times = {name for pair in pairs for name in pair}, []
+        deadline = time.monotonic() + within_s
+        while left:
+            if not alive() or time.monotonic() > deadline:
+                raise Hang(f"no {sorted(left)} within {within_s:g} s, or the run ended")
+            for event in read_lines(self._path):
+                if event["event"] in left and event["time"] >= since:
+                    left.remove(event["event"])
+                    times.append(event["time"])
+            time.sleep(0.05)
+        return min(times), max(times)
+
 
 def actors(process: subprocess.Popen[Any], kind: str) -> list[psutil.Process]:
     """The processes of a run's actors of a class, by the title that Ray gives them."""

@@ -16,7 +16,7 @@ from actors.config import GeneratorsConfig
 from actors.vllm_engine import CPU_ENGINE_ENV, make_engine, probe_params
 from actors.weight_segment import SegmentInUse, WrittenSegment
 from actors.weight_update import (
-    BaseMissing,
+    NeedsAll,
     Probe,
     WeightLayout,
     WeightsRejected,
@@ -137,7 +137,7 @@ def test_every_update_is_what_transformers_computes(bench: Bench, way: str) -> N
 
 
 def test_deltas_are_exact_and_need_their_base(bench: Bench, way: str) -> None:
-    with pytest.raises(BaseMissing, match=r"delta to -5.*send it in full"):
+    with pytest.raises(NeedsAll, match=r"delta to -5.*send it in full"):
         bench.receiver("receive_weights", bench.update(bench.image(), payload=(), base=-5))
     before = bench.image()
     bench.receiver("receive_weights", bench.update(before, payload=in_pieces(bench.layout, before)))
