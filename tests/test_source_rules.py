@@ -18,6 +18,7 @@ from tests.test_import_layers import ROOT, SOURCES, parsed
 # ---- where a rule may be broken, and why
 
 RUNS_WHAT_IT_IS_GIVEN = {
+    "cluster/fork_client.py:main": "Python itself, as Ray would have run it",
     "cluster/fork_server.py:_import": "its own list of modules",
     "cluster/fork_server.py:_become": "the script that Ray starts its workers with",
     "learner/checkpoint.py:load": "cluster/launch.py has verified digests and run_id",
