@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import shlex
 import socket
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 
 
 class RayHost:
-    """Ray actors, in one namespace a run. Ray itself restarts only what is told so: its restarts hide a
+    """Ray actors, in a namespace of their own. Ray itself restarts only what is told so: its restarts hide a
     death for seconds, and bring back no state."""
 
     def __init__(self, address: str | None, namespace: str, *, on_cpu: bool = False) -> None:
@@ -42,7 +43,8 @@ class RayHost:
         self._groups: dict[str, Any] = {}  # placement groups, by the member's name
         self._places: dict[str, Any] = {}  # references to (node, pid), by the member's name
         common: dict[str, Any] = {
-            "namespace": namespace,
+            # One that no other driver has: of a driver that died, names may be taken for seconds.
+            "namespace": f"{namespace}-{secrets.token_hex(4)}",
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }

@@ -29,7 +29,8 @@ WORKERS = 2  # nodes beside the head
 RAY_ENV = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_max_direct_call_object_size": "1",  # every answer, however small, lies on its machine
+    # Trajectories lie on their machine, few as they are; Ray restarts no role whose config does.
+    "RAY_max_direct_call_object_size": "4096",
     "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
 }
 
