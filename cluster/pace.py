@@ -2,7 +2,9 @@
 compute, at the rate that this machine computes such products at.
 
 Counted are forward and backward passes over every trajectory, all as long as they may get. Not counted:
-attention between tokens, sampling, scoring, pushing weights, and that no model is all products.
+attention between tokens, sampling, scoring, pushing weights, and that no model is all products. So it is
+a lower bound: of support_replies' PPO (0.47 million parameters) it said 1.2 s, and the steps took 4.8 to
+7.2 s on two cores that others used, too.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _time(config: RunConfig, inputs: Inputs) -> str:
     """By an earlier run of the same name, if there is one; else roughly, if that can be told."""
     took = list(_step_seconds(config.run_dir / "metrics.jsonl"))
     if took:
-        step_s, by = statistics.median(took), "in the earlier run of this name"
+        step_s, by = statistics.median(took), "a step in the earlier run of this name"
     elif config.device == "cuda" or (shapes := read_shapes(config)) is None:
         what = (
             "GPUs are not measured" if config.device == "cuda" else "the model's form is not known"
@@ -125,9 +125,12 @@ def _time(config: RunConfig, inputs: Inputs) -> str:
         return f"not known: there is no earlier run of this name, and {what}"
     else:
         step_s = step_seconds(config, inputs, shapes)
-        by = "by a rough estimate (products of matrices alone, as fast as here now, all of max_tokens)"
+        by = (
+            "a step at the very least (a rough estimate: products of matrices alone, at this machine's "
+            "rate, completions of max_tokens; tiny models take several times that)"
+        )
     whole = step_s * config.num_steps / 60
-    return f"{step_s:.2f} s a step {by}: {whole:,.1f} min for {config.num_steps}"
+    return f"{step_s:.2f} s {by}: {whole:,.1f} min for {config.num_steps}"
 
 
 def _step_seconds(path: Path) -> Iterator[float]:

@@ -149,7 +149,7 @@ def test_long_prompts_are_counted_where_they_are_dropped(load: Any, tmp_path: Pa
 
 def test_the_time_is_that_of_an_earlier_run_of_the_name_else_a_rough_estimate(load: Any) -> None:
     config = load({"num_steps": 60})
-    assert " s a step by a rough estimate (" in text_of(config)
+    assert " s a step at the very least (a rough estimate:" in text_of(config)
     config.run_dir.mkdir(parents=True)
     lines = [json.dumps({"time/step_s": s}) for s in (30.0, 2.0, 1.0)]
     text = "\n".join([*lines, '{"sft/loss": 1}', '{"time/st'])
