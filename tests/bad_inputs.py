@@ -54,14 +54,14 @@ def raylign(*words: str) -> Outcome:
 class NoRay:
     """Stands in for RayHost: nothing that is bad input comes so far."""
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, *given: Any, **named: Any) -> None:
         raise AssertionError("Ray was started")
 
 
 class FewGpus:
     """A cluster with one GPU."""
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, *given: Any, **named: Any) -> None:
         return
 
     def num_gpus(self) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from cluster import ray_auth
 from tests.chaos import roles
 from tests.chaos.faults import Events, Fault, Hang, pause
 from tests.integration.runs import Workshop, wait_until
@@ -27,7 +28,6 @@ ROLES = {kind: (lost, mended) for kind, _, lost, mended in roles.KINDS.values()}
 BACK_S = 240.0  # beyond it a run hangs; it takes Ray some 15 s to give a node up
 WORKERS = 2  # nodes beside the head
 RAY_ENV = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Trajectories lie on their machine, few as they are; Ray restarts no role whose config does.
     "RAY_max_direct_call_object_size": "4096",
@@ -44,6 +44,8 @@ def run(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
 @contextlib.contextmanager
 def nodes(*beside: dict[str, Any]) -> Iterator[Any]:
     """A cluster of raylets on this machine: a head, and others with the options given."""
+    ray_auth.guard_own()  # this process may have a token already, and Ray reads it once
+    before = dict(os.environ)
     os.environ |= RAY_ENV
     from ray.cluster_utils import Cluster
 
@@ -55,6 +57,8 @@ def nodes(*beside: dict[str, Any]) -> Iterator[Any]:
         yield cluster
     finally:
         cluster.shutdown()
+        os.environ.clear()
+        os.environ |= before
 
 
 def _run(shop: Workshop, rng: random.Random, count: int, cluster: Any) -> list[Fault]:
