@@ -9,7 +9,8 @@ asynchronous at staleness 1, synchronous, and variants that do less work. The fi
 run warm up and the last one is left out; each figure is the median over all others of all rounds.
 
 ideal seconds a step = core-seconds of the raw parts / number of cores;
-share_of_ideal = ideal / measured.
+share_of_ideal = ideal / measured. What a virtual machine's host takes of its cores (stolen) counts against
+raylign: the raw parts' core-seconds are without it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Measured:
     wait_s: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
+    idle: list[float] = field(default_factory=list)
+    stolen: list[float] = field(default_factory=list)
     first_step_s: list[float] = field(default_factory=list)
 
 
@@ -97,6 +100,9 @@ def train(folder: Path, model: Path, changes: dict[str, Any], into: Measured) ->
     into.wait_s += [line["time/rollout_wait_s"] for line in steady]
     into.update_s += [line["time/update_s"] for line in steady]
     into.memory.append(watched.peak_bytes)
+    idle, stolen = watched.idle_and_stolen(steady[0]["time"], steady[-1]["time"])
+    into.idle.append(idle)
+    into.stolen.append(stolen)
     into.first_step_s.append(lines[0]["time"] - watched.started)
 
 
@@ -143,6 +149,8 @@ def _report(
                 share,
                 work.median(run.wait_s),
                 work.median(run.update_s),
+                work.median(run.idle),
+                work.median(run.stolen),
                 max(run.memory) / 1e9,
                 work.median(run.first_step_s),
             ]
@@ -154,6 +162,8 @@ def _report(
         "share of ideal",
         "wait s",
         "update s",
+        "cores idle",
+        "stolen",
         "GB",
         "first step s",
     ]

@@ -20,6 +20,20 @@ class Watched:
     started: float  # time.time()
     peak_bytes: int
     output: str
+    cores: list[
+        tuple[float, float, float]
+    ]  # time.time(), and seconds idle and stolen, of all cores
+
+    def idle_and_stolen(self, since: float, until: float) -> tuple[float, float]:
+        """The shares of the cores' time in which they had nothing to do, and in which the machine below
+        this virtual one ran something else: what a program cannot use. nan if it was not long enough."""
+        inside = [one for one in self.cores if since <= one[0] <= until]
+        if len(inside) < 2:
+            return float("nan"), float("nan")
+        (start, *before), (end, *after) = inside[0], inside[-1]
+        seconds = (end - start) * (os.cpu_count() or 1)
+        idle, stolen = ((b - a) / seconds for a, b in zip(before, after, strict=True))
+        return idle, stolen
 
 
 def watch(
@@ -28,6 +42,7 @@ def watch(
     """The command's output goes to `log`. A failure names it and shows its end."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started, peak, seen = time.time(), 0, {}
+    cores: list[tuple[float, float, float]] = []
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, cwd=folder, env={**os.environ, **(env or {})}, stdout=stream, stderr=stream
@@ -35,6 +50,8 @@ def watch(
         try:
             while process.poll() is None and time.time() < started + limit_s:
                 peak = max(peak, _memory(process.pid, seen))
+                spent = psutil.cpu_times()
+                cores.append((time.time(), spent.idle + spent.iowait, spent.steal))
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(INTERVAL_S)
         finally:
@@ -44,7 +61,7 @@ def watch(
     output = log.read_text(errors="replace")
     if process.returncode:
         raise RuntimeError(f"exit {process.returncode}: {' '.join(command)}\n{output[-3000:]}")
-    return Watched(started, peak, output)
+    return Watched(started, peak, output, cores)
 
 
 def _memory(pid: int, seen: dict[int, psutil.Process]) -> int:
