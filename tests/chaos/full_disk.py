@@ -93,14 +93,16 @@ def _read_only(folder: Path) -> _Refusing:
     def mount() -> None:
         if not os.access(folder, os.W_OK):
             return
-        if not (
-            _mount("--bind", str(folder), str(folder))
-            and _mount("-o", "remount,bind,ro", str(folder))
-        ):
-            raise Hang(f"{folder} could not be made read-only")
+        if not _mount("--bind", str(folder), str(folder)):
+            raise Hang(f"{folder} could not be mounted once more")
+        if not _mount("-o", "remount,bind,ro", str(folder)):
+            unmount()  # a file was opened in between; the next call comes soon
+
+    def unmount() -> None:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
     kind = "checkpoints read-only" if folder.name == "checkpoints" else "read-only"
-    return _Refusing(kind, mount, lambda: subprocess.run(["umount", str(folder)], check=True))
+    return _Refusing(kind, mount, unmount)
 
 
 def _costs_checkpoints(

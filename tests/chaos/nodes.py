@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -77,7 +78,7 @@ def _run(shop: Workshop, rng: random.Random, count: int, cluster: Any) -> list[F
             pause(rng, 0.0, 3.0)
             faults.append(_lose_a_node(cluster, rng, events, shop, alive))
             cluster.add_node(num_cpus=1)
-        faults.append(_lose_the_drivers_raylet(cluster, events, shop, alive))
+        faults.append(_lose_the_drivers_raylet(cluster, events, shop, log, alive))
         process.send_signal(signal.SIGTERM)
         code = process.wait(BACK_S)
     except subprocess.TimeoutExpired:
@@ -106,12 +107,14 @@ def _lose_a_node(
 
 
 def _lose_the_drivers_raylet(
-    cluster: Any, events: Events, shop: Workshop, alive: Callable[[], bool]
+    cluster: Any, events: Events, shop: Workshop, log: Path, alive: Callable[[], bool]
 ) -> Fault:
     at = kill(cluster.head_node)
+    wait_until(lambda: "restart 1 of 1" in log.read_text() or not alive(), "a new driver", BACK_S)
+    noticed = time.time()
     back = events.wait("resumed", at, BACK_S, alive)["time"]
     _moves(shop, alive)
-    return Fault("node lost: the driver's", None, back - at)
+    return Fault("node lost: the driver's", noticed - at, back - at)
 
 
 def _moves(shop: Workshop, alive: Callable[[], bool]) -> None:
