@@ -12,6 +12,7 @@ import functools
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from cluster.config import BadInput
 
@@ -25,6 +26,16 @@ def guard_own() -> None:
     os.environ.setdefault(MODE, "token")
     if TOKEN not in os.environ and TOKEN_PATH not in os.environ:
         os.environ[TOKEN] = _fresh_token()
+
+
+def reread() -> None:
+    """After ray is imported. Whoever imported it first, as vLLM does, let it read the environment as it was
+    then, and Ray reads it once."""
+    import ray
+
+    raylet: Any = ray._raylet  # the C++ part
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @functools.cache

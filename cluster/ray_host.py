@@ -39,6 +39,7 @@ class RayHost:
         self._forks = ForkServer(_python_path()) if own and on_cpu else None
         import ray
 
+        ray_auth.reread()
         self._ray = ray
         self._groups: dict[str, Any] = {}  # placement groups, by the member's name
         self._places: dict[str, Any] = {}  # references to (node, pid), by the member's name

@@ -45,11 +45,12 @@ def run(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
 @contextlib.contextmanager
 def nodes(*beside: dict[str, Any]) -> Iterator[Any]:
     """A cluster of raylets on this machine: a head, and others with the options given."""
-    ray_auth.guard_own()  # this process may have a token already, and Ray reads it once
+    ray_auth.guard_own()
     before = dict(os.environ)
     os.environ |= RAY_ENV
     from ray.cluster_utils import Cluster
 
+    ray_auth.reread()
     head = {"num_cpus": 1, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
