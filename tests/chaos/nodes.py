@@ -48,6 +48,7 @@ def nodes(*beside: dict[str, Any]) -> Iterator[Any]:
     ray_auth.guard_own()
     before = dict(os.environ)
     os.environ |= RAY_ENV
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # the nodes' GPUs are made up
     from ray.cluster_utils import Cluster
 
     ray_auth.reread()
