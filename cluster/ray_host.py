@@ -135,9 +135,12 @@ class RayHost:
 
     async def stop(self, members: list[Member]) -> None:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]
-        await asyncio.gather(*closings, return_exceptions=True)
-        for member in members:
-            self.kill(member)
+        answers = await asyncio.gather(*closings, return_exceptions=True)
+        for member, answer in zip(members, answers, strict=True):
+            if isinstance(answer, BaseException):
+                self.kill(member)
+            else:  # Ray would tell people of a process that is killed otherwise
+                self._ray.kill(member.handle)
 
     def kill(self, member: Member, *, restart: bool = False) -> None:
         node, pid = self._where(member)
