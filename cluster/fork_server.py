@@ -75,7 +75,8 @@ class ForkServer:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.stdin.close()  # for the branches, when they have imported
+        self._process.kill()
         self._process.wait(10.0)
         self._folder.cleanup()
 

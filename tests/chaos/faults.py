@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,24 @@ def end(process: subprocess.Popen[Any]) -> None:
             left.kill()
     process.kill()
     process.wait()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm(process: subprocess.Popen[Any], log: Path, within_s: float) -> Iterator[None]:
+    """What is done to a run; then it must end well when it is asked to. Hang, with the end of its log, if
+    it does not."""
+    try:
+        yield
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        raise Hang("the run did not end after SIGTERM") from None
+    except Hang as hang:
+        raise Hang(f"{hang}\n{log.read_text()[-3000:]}") from None
+    finally:
+        end(process)
+    if code != 128 + signal.SIGTERM:
+        raise Hang(f"the run ended with {code}\n{log.read_text()[-3000:]}")
 
 
 def pause(rng: random.Random, low: float, high: float) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ import psutil
 
 from cluster import ray_auth
 from tests.chaos import roles
-from tests.chaos.faults import Events, Fault, Hang, pause
+from tests.chaos.faults import Events, Fault, ended_by_sigterm, pause
 from tests.integration.runs import Workshop, wait_until
 
 NAME = "chaos-nodes"
@@ -73,7 +71,7 @@ def _run(shop: Workshop, rng: random.Random, count: int, cluster: Any) -> list[F
     def alive() -> bool:
         return process.poll() is None
 
-    try:
+    with ended_by_sigterm(process, log, BACK_S):
         wait_until(lambda: len(shop.metrics(NAME)) >= 2 or not alive(), "two steps")
         faults = []
         for _ in range(count):
@@ -81,16 +79,6 @@ def _run(shop: Workshop, rng: random.Random, count: int, cluster: Any) -> list[F
             faults.append(_lose_a_node(cluster, rng, events, shop, alive))
             cluster.add_node(num_cpus=1)
         faults.append(_lose_the_drivers_raylet(cluster, events, shop, log, alive))
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(BACK_S)
-    except subprocess.TimeoutExpired:
-        raise Hang("the run did not end after SIGTERM") from None
-    except Hang as hang:
-        raise Hang(f"{hang}\n{log.read_text()[-3000:]}") from None
-    finally:
-        process.kill()
-    if code != 128 + signal.SIGTERM:
-        raise Hang(f"the run ended with {code}\n{log.read_text()[-3000:]}")
     return faults
 
 

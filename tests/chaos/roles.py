@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import random
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.faults import KILL, STOP, Events, Fault, Hang, actors, end, pause, strike
+from tests.chaos.faults import (
+    KILL,
+    STOP,
+    Events,
+    Fault,
+    Hang,
+    actors,
+    ended_by_sigterm,
+    pause,
+    strike,
+)
 from tests.integration.runs import Workshop, wait_until
 
 PING_S, LEARNER_S = 5.0, 12.0
@@ -60,19 +69,9 @@ def run(shop: Workshop, rng: random.Random, counts: dict[str, int]) -> list[Faul
     events = Events(shop.runs / name)
     todo = [kind for kind, count in counts.items() for _ in range(count)]
     rng.shuffle(todo)
-    try:
+    with ended_by_sigterm(process, log, BACK_S):
         wait_until(lambda: len(shop.metrics(name)) >= 2 or process.poll() is not None, "two steps")
         faults = [_inject(kind, process, events, rng) for kind in todo]
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(BACK_S)
-    except subprocess.TimeoutExpired:
-        raise Hang("the run did not end after SIGTERM") from None
-    except Hang as hang:
-        raise Hang(f"{hang}\n{log.read_text()[-3000:]}") from None
-    finally:
-        end(process)
-    if code != 128 + signal.SIGTERM:
-        raise Hang(f"the run ended with {code}")
     return faults
 
 
