@@ -73,13 +73,7 @@ class LearnerGroup:
 
     async def last_update(self, in_message: bool) -> WeightUpdate:
         """The newest version in full, once the call at hand has ended."""
-        rank, within = self.ranks[0], self._timeout_s
-        try:
-            update: WeightUpdate = await ask(
-                rank, rank.handle.last_update, in_message, within=within
-            )
-        except RoleFailed as error:
-            raise await self._named([error]) from error
+        update: WeightUpdate = await self._first(lambda it: it.last_update, in_message)
         return update
 
     async def update(
@@ -101,9 +95,8 @@ class LearnerGroup:
 
     async def save_trajectories(self, batch: Batch, path: Path) -> None:
         """Write them to one Parquet file: rank 0 does, for the driver never holds any."""
-        rank = self.ranks[0]
         given = (str(path.resolve()), batch.keys, *batch.chunks)
-        await ask(rank, rank.handle.save_trajectories, *given, within=self._timeout_s)
+        await self._first(lambda it: it.save_trajectories, *given)
 
     async def policy_logprobs(self, samples: Any) -> list[np.ndarray]:
         return (await self._all(lambda it: it.policy_logprobs, samples))[0]
@@ -128,6 +121,14 @@ class LearnerGroup:
 
     async def load(self, folder: Path) -> None:
         await self._all(lambda it: it.load, str(folder.resolve()))
+
+    async def _first(self, method: Callable[[Any], Any], *args: Any) -> Any:
+        """Rank 0 alone: what is no collective."""
+        rank = self.ranks[0]
+        try:
+            return await ask(rank, method(rank.handle), *args, within=self._timeout_s)
+        except RoleFailed as error:
+            raise await self._named([error]) from error
 
     async def _all(
         self, method: Callable[[Any], Any], *args: Any, within: float | None = None
