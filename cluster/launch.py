@@ -134,7 +134,8 @@ async def _run(
         loop.add_signal_handler(received, ask_to_stop, run, received, work)
     watch = asyncio.create_task(watch_rewards(run))
     beat = asyncio.create_task(files.beat(BEAT_S))
-    run.supervisor.watched += [watch, beat]
+    for task in (watch, beat):
+        run.supervisor.watch(task)
     try:
         await work
     except asyncio.CancelledError:

@@ -43,6 +43,7 @@ class RayHost:
         self._ray = ray
         self._groups: dict[str, Any] = {}  # placement groups, by the member's name
         self._places: dict[str, Any] = {}  # references to (node, pid), by the member's name
+        self._known: dict[str, tuple[str, int]] = {}  # the same, once it was told
         common: dict[str, Any] = {
             # One that no other driver has: of a driver that died, names may be taken for seconds.
             "namespace": f"{namespace}-{secrets.token_hex(4)}",
@@ -53,6 +54,7 @@ class RayHost:
             own_ray.start(ray, **common)
         else:
             ray.init(address=address, **common)
+        self._here: str = ray.get_runtime_context().get_node_id()
 
     def start(
         self,
@@ -90,6 +92,7 @@ class RayHost:
 
     def locate(self, member: Member) -> None:
         """Ask the member where it runs, for `kill` and `stack`; again after Ray restarted it."""
+        self._known.pop(member.name, None)
         self._places[member.name] = member.handle.__ray_call__.remote(_place)
 
     def _alive(self) -> list[dict[str, Any]]:
@@ -120,7 +123,7 @@ class RayHost:
 
     async def keep(self, member: Member, payload: Any, *, within: float) -> Any:
         """One that lies on another node is copied to this one: were this one lost, so were the run."""
-        if self._where(member)[0] == self._here():
+        if self._where(member)[0] == self._here:
             return payload
         return self.share(await ask(member, fetch, payload, within=within))
 
@@ -145,7 +148,7 @@ class RayHost:
     def kill(self, member: Member, *, restart: bool = False) -> None:
         node, pid = self._where(member)
         self._ray.kill(member.handle, no_restart=not restart)
-        if node == self._here():
+        if node == self._here:
             kill_worker(pid)  # a process that is stopped does not hear Ray
         if not restart and (group := self._groups.pop(member.name, None)) is not None:
             from ray.util.placement_group import remove_placement_group
@@ -154,21 +157,18 @@ class RayHost:
 
     async def stack(self, member: Member) -> str:
         node, pid = self._where(member)
-        if node == self._here():
+        if node == self._here:
             return await stack_of(pid)
         return f"process {pid} on node {node}" if node else ""
 
     def _where(self, member: Member) -> tuple[str, int]:
         """(node, pid), or ("", 0) of one that never came so far as to say."""
-        try:
-            where: tuple[str, int] = self._ray.get(self._places[member.name], timeout=0.1)
-            return where
-        except Exception:
-            return "", 0
-
-    def _here(self) -> str:
-        node: str = self._ray.get_runtime_context().get_node_id()
-        return node
+        if member.name not in self._known:
+            try:
+                self._known[member.name] = self._ray.get(self._places[member.name], timeout=0.1)
+            except Exception:
+                return "", 0
+        return self._known[member.name]
 
     def close(self) -> None:
         self._ray.shutdown()

@@ -76,8 +76,8 @@ class Supervisor:
         # In a synchronous run each answers once a step, and the step waits for it.
         linger_s = max(LINGER_S, LINGER_PER_GENERATOR_S * len(generators))
         self._linger_s = linger_s if ledger.max_staleness else 0.0
+        self._failed: list[asyncio.Task[Any]] = []  # of those that are watched
         self.version = 0  # that every generator has proved
-        self.watched: list[asyncio.Task[Any]] = []  # a failure of these fails `take`, too
 
     # ---- the flow of prompts
 
@@ -114,20 +114,26 @@ class Supervisor:
             self._changed.clear()
             await self._wait(never)
 
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """If it fails, `take` fails with it."""
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._failed.append(task)
+            self._changed.set()
+
     async def _wait(self, stop: asyncio.Event) -> None:
-        """Until something changed, a collector or a push failed, or a stop is asked for."""
+        """Until something changed, a collector or a push failed, or a stop is asked for. It is done for
+        every answer of every generator, and so looks at none of their tasks."""
         self._collect()
         waits = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(stop.wait())]
-        # Collectors never end but by failing; a push that has ended well is waited for no more.
-        watched: list[asyncio.Task[Any]] = [*self._collectors, *self.watched]
-        if self._push is not None and not _ended_well(self._push):
-            watched.append(self._push)
-        await asyncio.wait([*waits, *watched], return_when=asyncio.FIRST_COMPLETED)
+        if not self._failed:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-        for task in watched:
-            if task.done():
-                task.result()  # raises what it failed of
+        for task in self._failed:
+            task.result()  # raises what it failed of
 
     async def _submit(self, prompts: list[Prompt]) -> None:
         # The least busy one, the first of equals: the same deal in every synchronous run.
@@ -154,6 +160,8 @@ class Supervisor:
             self._collectors = [
                 asyncio.create_task(self._collect_from(place)) for place in range(len(self._load))
             ]
+            for collector in self._collectors:
+                self.watch(collector)
 
     async def _collect_from(self, place: int) -> None:
         """One place's life: poll whoever is there, and replace it when it is lost."""
@@ -253,6 +261,7 @@ class Supervisor:
         """Run a push beside everything else; `take` fails with it."""
         assert self._push is None, "two segments take turns: the last push must have ended"
         self._push = asyncio.create_task(push)
+        self.watch(self._push)
 
     async def proved(self) -> dict[str, float]:
         """What the push that was begun last returned, once it has ended; {} if that was told already."""
@@ -265,8 +274,10 @@ class Supervisor:
 
     async def reset(self) -> None:
         """Forget every prompt, here and in the generators, which keep their engines."""
+        own = [*self._collectors, self._push]
         await self.close()
         self._collectors, self._push = [], None
+        self._failed = [task for task in self._failed if task not in own]
         await self.group.each(lambda it: it.reset, within=self._ping_s)
         self.buffer = TrajectoryBuffer()
         self.ledger.clear()
@@ -279,7 +290,3 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _ended_well(task: asyncio.Task[Any]) -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None

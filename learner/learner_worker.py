@@ -29,6 +29,7 @@ from learner.process_group import free_address, group_for_saves, join
 from learner.refusal import BadStep
 from learner.rollout_metrics import rollout_metrics
 from learner.sharding import unsharded
+from learner.shared_memory import use_shared_memory
 from learner.supervised import SupervisedRows, load_supervised
 from learner.sweep import Models, Share, sweep
 from learner.weight_publisher import WeightPublisher
@@ -67,6 +68,8 @@ class LearnerWorker:
             if separate
             else None,
         )
+        if rendezvous.file and mesh.device_type == "cpu":  # the ranks share a machine
+            use_shared_memory([models.policy, models.reference, models.value])
         # Loading drew numbers on rank 0 alone; a checkpoint keeps one random state for all ranks.
         torch.manual_seed(spec.seed)
         device = torch.device(mesh.device_type)
