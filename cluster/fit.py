@@ -174,7 +174,7 @@ def _knobs(
 ) -> Iterator[tuple[str, list[int] | list[float]]]:
     """Each with the values that need less memory than the one it has, the best first."""
     learner, generators = config.learner, config.generators
-    tokens = learner.max_tokens_per_microbatch
+    tokens = learner.microbatch_tokens(config.device)
     yield "learner.max_tokens_per_microbatch", _down(tokens, longest, 64)
     cache = generators.kv_cache_bytes
     if cache is not None:

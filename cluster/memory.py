@@ -75,13 +75,13 @@ def tokens_at_once(config: RunConfig, trajectories: int, longest: int) -> int:
     """The most tokens of one microbatch of `trajectories`: a sequence is never cut, and a rank has only
     its share."""
     share = math.ceil(trajectories / config.learner.ranks)
-    return max(longest, min(config.learner.max_tokens_per_microbatch, share * longest))
+    return max(longest, min(config.learner.microbatch_tokens(config.device), share * longest))
 
 
 def microbatches(config: RunConfig, longest: int) -> int:
     """The most microbatches of a rank in a minibatch of sequences of equal work."""
     share = math.ceil(config.batch_size / config.ppo.minibatches / config.learner.ranks)
-    return math.ceil(share / max(1, config.learner.max_tokens_per_microbatch // longest))
+    return math.ceil(share / max(1, config.learner.microbatch_tokens(config.device) // longest))
 
 
 def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:

@@ -23,6 +23,10 @@ class OptimizerConfig(StrictModel):
     max_grad_norm: PositiveFloat = 1.0
 
 
+# More at once leave a CPU's caches, and cost up to half as much again.
+CPU_MICROBATCH_TOKENS = 2048
+
+
 class LearnerConfig(StrictModel):
     """The FSDP group: `ranks` processes, each with one GPU or one CPU core."""
 
@@ -36,6 +40,11 @@ class LearnerConfig(StrictModel):
         default=3, ge=0
     )  # of the group; each goes back to the newest checkpoint
     timeout_s: PositiveFloat = 600.0  # of one update, and of one collective
+
+    def microbatch_tokens(self, device: str) -> int:
+        """The most in one microbatch on "cpu" or "cuda"."""
+        most = self.max_tokens_per_microbatch
+        return min(most, CPU_MICROBATCH_TOKENS) if device == "cpu" else most
 
 
 class KLConfig(StrictModel):

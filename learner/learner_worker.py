@@ -76,7 +76,7 @@ class LearnerWorker:
         self._share = Share(
             self._rank,
             rendezvous.world_size,
-            spec.learner.max_tokens_per_microbatch,
+            spec.learner.microbatch_tokens(device.type),
             device,
             even_length(models.policy),
         )

@@ -51,7 +51,7 @@ class SFTWorker:
         self._share = Share(
             self._rank,
             rendezvous.world_size,
-            spec.learner.max_tokens_per_microbatch,
+            spec.learner.microbatch_tokens(mesh.device_type),
             torch.device(mesh.device_type),
         )
         rows = load_supervised(spec.sft.data, load_tokenizer(spec.model), spec.sft.max_tokens)

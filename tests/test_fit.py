@@ -113,6 +113,7 @@ def test_where_no_setting_is_enough_alone_several_are_named(
     least = apply(
         config,
         [
+            ("learner.ranks", 1),
             ("learner.max_tokens_per_microbatch", LONGEST),
             ("generators.kv_cache_bytes", cache_needed(config, LARGE)),
         ],

@@ -53,10 +53,10 @@ def run(shop: Workshop, rng: random.Random, count: int) -> list[Fault]:
         for ending in (_full(folder, 0), _read_only(folder)):
             for number in range(count):
                 refusing = (_full(folder, LEFT), _read_only(folder / "checkpoints"))[number % 2]
-                faults.append(_costs_checkpoints(refusing, folder, process, rng))
+                faults.append(_costs_checkpoints(refusing, folder, process, log, rng))
             struck, noticed = _ends_the_run(ending, folder, process, log, rng)
             process = shop.start(*words, "--resume", log=log)
-            back = _awaited("weights_published", noticed, folder, process)
+            back = _awaited("weights_published", noticed, folder, process, log)
             faults.append(Fault(f"disk of a run: {ending.kind}", noticed - struck, back - struck))
         process.send_signal(signal.SIGTERM)
         if (code := process.wait(roles.BACK_S)) != 128 + signal.SIGTERM:
@@ -106,14 +106,18 @@ def _read_only(folder: Path) -> _Refusing:
 
 
 def _costs_checkpoints(
-    refusing: _Refusing, folder: Path, process: subprocess.Popen[str], rng: random.Random
+    refusing: _Refusing,
+    folder: Path,
+    process: subprocess.Popen[str],
+    log: Path,
+    rng: random.Random,
 ) -> Fault:
-    _awaited("checkpoint_saved", 0.0, folder, process)
+    _awaited("checkpoint_saved", 0.0, folder, process, log)
     pause(rng, 0.0, 2.0)
     struck = time.time()
-    noticed = _awaited("checkpoint_failed", struck, folder, process, refusing.again)
+    noticed = _awaited("checkpoint_failed", struck, folder, process, log, refusing.again)
     refusing.mended()
-    back = _awaited("checkpoint_saved", time.time(), folder, process)
+    back = _awaited("checkpoint_saved", time.time(), folder, process, log)
     return Fault(f"disk of a run: {refusing.kind}", noticed - struck, back - struck)
 
 
@@ -141,6 +145,7 @@ def _awaited(
     since: float,
     folder: Path,
     process: subprocess.Popen[str],
+    log: Path,
     meanwhile: Callable[[], Any] = lambda: None,
 ) -> float:
     """When the first event of that name since then was."""
@@ -148,7 +153,7 @@ def _awaited(
     def found() -> list[float]:
         meanwhile()
         if process.poll() is not None:
-            raise Hang(f"the run ended while {name} was awaited")
+            raise Hang(f"the run ended while {name} was awaited\n{log.read_text()[-3000:]}")
         events = read_lines(folder / "events.jsonl")
         return [row["time"] for row in events if row["event"] == name and row["time"] > since]
 
