@@ -125,16 +125,12 @@ def _loop(
 ) -> Tensor:
     """Sequence by sequence: the same arithmetic as without packing, on any device."""
     del longest
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    # Split at once: backward is then one concatenation, where each slice's would fill a whole row.
+    parts = zip(*(whole.split(lengths, dim=2) for whole in (query, key, value)), strict=True)
     attended = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        for start, end in pairwise(cu_seqlens)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        for q, k, v in parts
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)
 
