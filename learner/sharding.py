@@ -44,15 +44,15 @@ def shard(
     offload = _offload(config, mesh)
     for unit in _units(trunk.layers):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    # True on the root too: else its parameters stay whole after a forward pass without gradient,
-    # and clip_grad_norm_ then leaves them out without a word.
+    # What the root holds stays whole from a forward pass to its backward pass, which needs it at once.
     fully_shard(
         model,
         mesh=mesh,
         mp_policy=precision,
         offload_policy=offload,
-        reshard_after_forward=True,
+        reshard_after_forward=False,
     )
+    model.register_forward_hook(_reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are normalised globally, so gradients are plain sums.
@@ -68,6 +68,12 @@ def shard(
     )
     _fill_buffers(model, full, mesh.device_type)
     return model
+
+
+def _reshard(model: Any, *_: Any) -> None:
+    """Behind a forward pass without gradient: whole parameters would outlive the next optimizer step."""
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 def _offload(config: LearnerConfig, mesh: DeviceMesh) -> OffloadPolicy:
