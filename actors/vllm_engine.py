@@ -26,7 +26,7 @@ ENGINE_ENV = {
 CPU_ENGINE_ENV = ENGINE_ENV | {
     "TORCHDYNAMO_DISABLE": "1",  # compiles one tiny function, for seconds, on the first logprob
     # Huge pages for what is allocated: packing new weights is a third faster.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
 }
 
 

@@ -16,7 +16,7 @@ LEARNER_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # Huge pages for what is allocated: a forward pass gathers its weights into new memory, and on
     # CPU the page faults of that take longer than the copying.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
