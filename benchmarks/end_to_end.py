@@ -10,7 +10,8 @@ run warm up and the last one is left out; each figure is the median over all oth
 
 ideal seconds a step = core-seconds of the raw parts / number of cores;
 share_of_ideal = ideal / measured. What a virtual machine's host takes of its cores (stolen) counts against
-raylign: the raw parts' core-seconds are without it.
+raylign: the raw parts' core-seconds are without it. The raw parts are run as a person would start them, and
+once more with the settings of malloc (huge pages) that raylign gives its processes: "share, tuned".
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ import yaml
 
 from benchmarks import work
 from benchmarks.measure import watch
+from learner.learner_spec import LEARNER_ENV
 
 WARM_UP = 2
+PARTS = ("generation", "forwards", "update")
+TUNED = {"GLIBC_TUNABLES": LEARNER_ENV["GLIBC_TUNABLES"]}
 LIMIT_S = 3600
 # One engine of 64 seats does the work of two of 32 in fewer steps; two end a synchronous wait sooner.
 SYNC = {"max_staleness": 0, "generators.count": 2, "learner.ranks": 2}
@@ -60,10 +64,10 @@ class Measured:
     first_step_s: list[float] = field(default_factory=list)
 
 
-def raw_parts(model: Path) -> dict[str, float]:
+def raw_parts(model: Path, env: dict[str, str]) -> dict[str, float]:
     """Core-seconds of each part, in processes of their own."""
-    generation = _child("generation", str(model))
-    learning = _child("learning", str(model), json.dumps(generation["lengths"]))
+    generation = _child(env, "generation", str(model))
+    learning = _child(env, "learning", str(model), json.dumps(generation["lengths"]))
     scale = generation["tokens"] / sum(generation["lengths"])  # this step's to the mean step's
     return {
         "generation": generation["generation"],
@@ -73,10 +77,11 @@ def raw_parts(model: Path) -> dict[str, float]:
     }
 
 
-def _child(*arguments: str) -> dict[str, Any]:
+def _child(env: dict[str, str], *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.raw_parts", *arguments],
         cwd=work.ROOT,
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         check=True,
@@ -111,35 +116,47 @@ def measure(lengths: str, options: Any) -> dict[str, float]:
     steps = WARM_UP + (2 if options.quick else 5) + 1
     overrides = dict(item.split("=", 1) for item in options.overrides)
     changes = {key: yaml.safe_load(value) for key, value in overrides.items()}
-    names = list(VARIANTS)[: 2 if lengths == "fixed" else None]
-    parts: list[dict[str, float]] = []
+    names = [name for name in VARIANTS if "bfloat16" not in name or _multiplies_bfloat16()]
+    names = names[: 2 if lengths == "fixed" else None]
+    parts: dict[str, list[dict[str, float]]] = {"as started by hand": [], "tuned": []}
     measured = {name: Measured() for name in names}
     for _ in range(1 if options.quick else options.rounds):
-        parts.append(raw_parts(model))
+        for kind, env in zip(parts, ({}, TUNED), strict=True):
+            parts[kind].append(raw_parts(model, env))
         for name in names:
             given = {**VARIANTS[name], "num_steps": steps, **changes}
             train(options.folder, model, given, measured[name])
     return _report(lengths, parts, measured)
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor does; one that does not is ten times slower than in float32."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
 def _report(
-    lengths: str, parts: list[dict[str, float]], measured: dict[str, Measured]
+    lengths: str, parts: dict[str, list[dict[str, float]]], measured: dict[str, Measured]
 ) -> dict[str, float]:
-    raw = {name: work.median(part[name] for part in parts) for name in parts[0]}
     cores = len(os.sched_getaffinity(0))
-    core_s = raw["generation"] + raw["forwards"] + raw["update"]
+    raws = {
+        kind: {name: work.median(part[name] for part in given) for name in given[0]}
+        for kind, given in parts.items()
+    }
+    ideals = {kind: sum(raw[part] for part in PARTS) / cores for kind, raw in raws.items()}
+    raw, ideal = next(iter(raws.values())), next(iter(ideals.values()))
     print(
         f"\n{lengths} lengths, {raw['tokens']:,.0f} completion tokens a step; core-seconds alone:"
     )
     work.table(
-        ["generation", "forwards", "update", f"ideal s a step on {cores} cores"],
-        [[raw["generation"], raw["forwards"], raw["update"], core_s / cores]],
+        ["raw parts", *PARTS, f"ideal s a step on {cores} cores"],
+        [[kind, *(raws[kind][part] for part in PARTS), ideals[kind]] for kind in raws],
     )
     figures, rows = {}, []
     for name, run in measured.items():
         # Tokens differ from step to step, and the ideal is for the mean step.
         per_token = work.median(s / t for s, t in zip(run.step_s, run.tokens, strict=True))
-        share = core_s / cores / (per_token * raw["tokens"])
+        share = ideal / (per_token * raw["tokens"])
         figures[name] = share
         rows.append(
             [
@@ -147,6 +164,7 @@ def _report(
                 work.median(run.step_s),
                 1 / per_token,
                 share,
+                share * ideals["tuned"] / ideal,
                 work.median(run.wait_s),
                 work.median(run.update_s),
                 work.median(run.idle),
@@ -160,6 +178,7 @@ def _report(
         "s/step",
         "tokens/s",
         "share of ideal",
+        "share, tuned",
         "wait s",
         "update s",
         "cores idle",
@@ -168,7 +187,12 @@ def _report(
         "first step s",
     ]
     work.table(columns, rows)
-    return figures | {"first_step_s": rows[0][-1], "memory_gb": rows[0][-2]}
+    tuned = figures[rows[0][0]] * ideals["tuned"] / ideal
+    return figures | {
+        "first_step_s": rows[0][-1],
+        "memory_gb": rows[0][-2],
+        "share_of_tuned_ideal": tuned,
+    }
 
 
 def main() -> None:
@@ -203,6 +227,7 @@ def main() -> None:
         },
         first_step_s=first["first_step_s"],
         memory_gb=first["memory_gb"],
+        share_of_tuned_ideal=first["share_of_tuned_ideal"],
         **extra,
     )
 

@@ -85,7 +85,8 @@ def _core_seconds(work_once: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    os.environ.update(CPU_ENGINE_ENV)  # before torch is imported
+    # Before torch is imported. What malloc reads it has read when the process began.
+    os.environ.update(CPU_ENGINE_ENV)
     part, folder, *rest = sys.argv[1:]
     found = (
         generation(Path(folder))
