@@ -116,7 +116,7 @@ def measure(lengths: str, options: Any) -> dict[str, float]:
     steps = WARM_UP + (2 if options.quick else 5) + 1
     overrides = dict(item.split("=", 1) for item in options.overrides)
     changes = {key: yaml.safe_load(value) for key, value in overrides.items()}
-    names = [name for name in VARIANTS if "bfloat16" not in name or _multiplies_bfloat16()]
+    names = [name for name in VARIANTS if "bfloat16" not in name or work.multiplies_bfloat16()]
     names = names[: 2 if lengths == "fixed" else None]
     parts: dict[str, list[dict[str, float]]] = {"as started by hand": [], "tuned": []}
     measured = {name: Measured() for name in names}
@@ -127,12 +127,6 @@ def measure(lengths: str, options: Any) -> dict[str, float]:
             given = {**VARIANTS[name], "num_steps": steps, **changes}
             train(options.folder, model, given, measured[name])
     return _report(lengths, parts, measured)
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor does; one that does not is ten times slower than in float32."""
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def _report(

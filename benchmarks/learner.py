@@ -191,24 +191,23 @@ def _peak_memory() -> int:
 
 
 def against_bare_loop(title: str, job: Job, rounds: int) -> dict[str, float]:
-    half = replace(job, dtype="bfloat16")
-    speeds = compete(
-        title,
-        rounds,
-        {
-            "bare loop": Contender(bare_loop, job),
-            "raylign, 1 rank": Contender(raylign, job),
-            "raylign, 2 ranks": Contender(raylign, job, ranks=2),
-            "raylign, 1 rank, bfloat16": Contender(raylign, half),
-        },
-    )
+    contenders = {
+        "bare loop": Contender(bare_loop, job),
+        "raylign, 1 rank": Contender(raylign, job),
+        "raylign, 2 ranks": Contender(raylign, job, ranks=2),
+    }
+    if work.multiplies_bfloat16():
+        half = replace(job, dtype="bfloat16")
+        contenders["raylign, 1 rank, bfloat16"] = Contender(raylign, half)
+    speeds = compete(title, rounds, contenders)
     one, two = speeds["raylign, 1 rank"], speeds["raylign, 2 ranks"]
+    halved = speeds.get("raylign, 1 rank, bfloat16")
     return {
         "share_of_bare_loop": one.cpu,
         "share_of_bare_loop_wall": one.wall,
         "speed_2_ranks": two.wall / one.wall,
         "cpu_2_ranks": one.cpu / two.cpu,
-        "speed_bfloat16": speeds["raylign, 1 rank, bfloat16"].cpu / one.cpu,
+        **({"speed_bfloat16": halved.cpu / one.cpu} if halved else {}),
     }
 
 

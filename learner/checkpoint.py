@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -126,7 +127,13 @@ class Save:
                 async_stager=copy,
             )
         assert isinstance(writing, Future)
-        self._writing = writing
+        self._folder, self._writing = folder, writing
+        writing.add_done_callback(self._make_room)
+
+    def _make_room(self, writing: Future[Any]) -> None:
+        """What was refused has filled the disk, perhaps, and the run's other files need it at once."""
+        if writing.exception(timeout=0) is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def ended(self) -> bool:
         """Whether all ranks have written theirs. OSError on all of them if the disk refused one."""

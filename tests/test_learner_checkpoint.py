@@ -143,11 +143,14 @@ def test_a_checkpoint_of_one_rank_loads_at_two_and_the_other_way_round(name, cas
 
 
 def test_a_full_disk_is_told_to_every_rank_as_what_it_is(cases, at_two, tmp_path):
-    assert [found["refused"] for found in at_two[1]] == [(OSError, errno.ENOSPC)] * 2
+    folder, found_by_rank = at_two
+    assert [found["refused"] for found in found_by_rank] == [(OSError, errno.ENOSPC)] * 2
+    assert not (folder / "full").exists()  # the room it took is free for the run's other files
     worker = cases["shared"].start()
     train(worker, [1], tmp_path)
     before = everything(worker)
     assert refusal_of_a_full_disk(worker, 0, tmp_path / "full") == (OSError, errno.ENOSPC)
+    assert not (tmp_path / "full").exists()
     assert same_bytes(everything(worker), before)
     write_checkpoint(worker, tmp_path / "elsewhere")
 
