@@ -45,7 +45,7 @@ from cluster.live_view import LiveView
 from cluster.memory import checkpoint_bytes
 from cluster.metrics import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member
-from cluster.ray_host import RayHost
+from cluster.ray_host import RayHost, fork_server
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles
@@ -69,43 +69,55 @@ def run_ppo(
 ) -> int:
     """The `train` command: check, launch, train, report. Returns the exit code."""
     started = _process_start()
-    files = RunFiles(config)
-    files.check(resume=resume, overwrite=overwrite)
-    inputs = check_inputs(config)
-    checkpoint, problems = checkpoints.newest_intact(files.folder) if resume else (None, [])
+    on_cpu = config.device == "cpu" and not in_process
+    with fork_server(config.ray_address, on_cpu=on_cpu) as forks:
+        files = RunFiles(config)
+        files.check(resume=resume, overwrite=overwrite)
+        inputs = check_inputs(config)
+        checkpoint, problems = (
+            _checkpoint_of(config, files, trusted=trust_checkpoint) if resume else (None, [])
+        )
+        if in_process and (config.generators.count, config.learner.ranks) != (1, 1):
+            raise BadInput(
+                "--in-process: one process holds one generator and one rank; set generators.count=1 "
+                "learner.ranks=1"
+            )
+        host: Host = (
+            InProcessHost()
+            if in_process
+            else RayHost(config.ray_address, f"raylign-{config.name}", forks)
+        )
+        try:
+            check_gpus(gpus_of(config), host.num_gpus)
+            files.create(overwrite=overwrite)
+            with LiveView(config.name, config.num_steps) as view:
+                for problem in problems:
+                    view.note(f"checkpoint not used: {problem}; going on from the one before it")
+                return asyncio.run(_run(config, inputs, files, view, host, checkpoint, started))
+        except BadInput:
+            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # or a full disk would hide what failed
+                files.status("failed", error=str(error))
+            raise
+        finally:
+            host.close()
+
+
+def _checkpoint_of(
+    config: RunConfig, files: RunFiles, *, trusted: bool
+) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    """The one to go on from, and what is wrong with those after it. BadInput if none can be used."""
+    checkpoint, problems = checkpoints.newest_intact(files.folder)
     if checkpoint is None and problems:
         raise BadInput(
             f"{problems[0]}, and no checkpoint before it is intact; start again with --overwrite"
         )
-    if in_process and (config.generators.count, config.learner.ranks) != (1, 1):
-        raise BadInput(
-            "--in-process: one process holds one generator and one rank; set generators.count=1 "
-            "learner.ranks=1"
-        )
     if checkpoint is not None:
-        if not trust_checkpoint:
+        if not trusted:
             checkpoints.check_origin(checkpoint.path)
         check_resume(config, checkpoint.driver_state()["config"])
-    host: Host = (
-        InProcessHost()
-        if in_process
-        else RayHost(config.ray_address, f"raylign-{config.name}", on_cpu=config.device == "cpu")
-    )
-    try:
-        check_gpus(gpus_of(config), host.num_gpus)
-        files.create(overwrite=overwrite)
-        with LiveView(config.name, config.num_steps) as view:
-            for problem in problems:
-                view.note(f"checkpoint not used: {problem}; going on from the one before it")
-            return asyncio.run(_run(config, inputs, files, view, host, checkpoint, started))
-    except BadInput:
-        raise
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # or a full disk would hide what failed
-            files.status("failed", error=str(error))
-        raise
-    finally:
-        host.close()
+    return checkpoint, problems
 
 
 async def _run(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,19 @@ class RayHost:
     """Ray actors, in a namespace of their own. Ray itself restarts only what is told so: its restarts hide a
     death for seconds, and bring back no state."""
 
-    def __init__(self, address: str | None, namespace: str, *, on_cpu: bool = False) -> None:
+    def __init__(
+        self, address: str | None, namespace: str, forks: ForkServer | None = None
+    ) -> None:
+        """`forks`: where workers come from; without it Ray starts them as always."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        address = _address(address)
         own = address == "local"
         if own:
             own_ray.prepare()
         else:
             _probe(address)
             ray_auth.prepare_to_join(address)
-        self._forks = ForkServer(_python_path()) if own and on_cpu else None
+        self._forks = forks
         import ray
 
         ray_auth.reread()
@@ -172,8 +176,24 @@ class RayHost:
 
     def close(self) -> None:
         self._ray.shutdown()
-        if self._forks is not None:
-            self._forks.close()
+
+
+@contextlib.contextmanager
+def fork_server(address: str | None, *, on_cpu: bool) -> Iterator[ForkServer | None]:
+    """For a Ray of our own, on CPU. It imports what workers need beside whatever is checked before Ray
+    starts, and ends with the block."""
+    if _address(address) != "local" or not on_cpu:
+        yield None
+        return
+    server = ForkServer(_python_path())
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def _address(given: str | None) -> str:
+    return given or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def fetch(reference: Any) -> Any:

@@ -15,7 +15,7 @@ from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
 from cluster.model_folder import model_config, policy_config
 from cluster.placement import Host, InProcessHost, ask
-from cluster.ray_host import RayHost
+from cluster.ray_host import RayHost, fork_server
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.versions import versions
@@ -25,8 +25,26 @@ from reward_service.pairs import read_pairs, read_reference
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     """Train, write runs/<name>/model, report. Returns the model's folder."""
-    files = RunFiles(config)
-    files.check(resume=False, overwrite=overwrite)
+    on_cpu = config.device == "cpu" and not in_process
+    with fork_server(config.ray_address, on_cpu=on_cpu) as forks:
+        files = RunFiles(config)
+        files.check(resume=False, overwrite=overwrite)
+        _check_sft(config, in_process=in_process)
+        host: Host = (
+            InProcessHost()
+            if in_process
+            else RayHost(config.ray_address, f"raylign-{config.name}", forks)
+        )
+        try:
+            ranks = config.learner.ranks if config.device == "cuda" else 0
+            check_gpus({"learner.ranks": ranks}, host.num_gpus)
+            files.create(overwrite=overwrite)
+            return asyncio.run(_sft(config, files, host))
+        finally:
+            host.close()
+
+
+def _check_sft(config: SFTRunConfig, *, in_process: bool) -> None:
     with fast_import():
         from learner.supervised import load_supervised
     try:
@@ -36,18 +54,6 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
         raise BadInput(str(error)) from None
     if in_process and config.learner.ranks > 1:
         raise BadInput("learner.ranks: --in-process is one rank; set learner.ranks=1")
-    host: Host = (
-        InProcessHost()
-        if in_process
-        else RayHost(config.ray_address, f"raylign-{config.name}", on_cpu=config.device == "cpu")
-    )
-    try:
-        ranks = config.learner.ranks if config.device == "cuda" else 0
-        check_gpus({"learner.ranks": ranks}, host.num_gpus)
-        files.create(overwrite=overwrite)
-        return asyncio.run(_sft(config, files, host))
-    finally:
-        host.close()
 
 
 async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
