@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import launch, stages, submit
+from cluster import submit
 from tests import bad_input_table, tiny
 from tests.bad_configs import CASES, World
-from tests.bad_inputs import FILES, KINDS, PREFIX, NoRay, Outcome, of_file, prepare, raylign
+from tests.bad_inputs import FILES, KINDS, PREFIX, Outcome, of_file, prepare, raylign, without_ray
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,8 +26,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def world(tmp_path: Path, policy: Path, stranger: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "RayHost", NoRay)
-    monkeypatch.setattr(stages, "RayHost", NoRay)
+    without_ray(monkeypatch)
     monkeypatch.setattr("cluster.fit.available_bytes", lambda: 1 << 40)
     return World(tmp_path, policy, stranger)
 
