@@ -8,6 +8,9 @@ from typing import Any
 from actors.config import GeneratorsConfig
 from reward_service.fast_import import fast_import
 
+# Huge pages for what is allocated; and one arena, for a thread's own one gives its memory back, and takes
+# it again page by page. Read when a process begins, so forked roles have it from the fork server: the same.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 # The environment of a process that runs an engine. Must be set before torch is imported.
 ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: its death is the actor's
@@ -25,8 +28,7 @@ ENGINE_ENV = {
 }
 CPU_ENGINE_ENV = ENGINE_ENV | {
     "TORCHDYNAMO_DISABLE": "1",  # compiles one tiny function, for seconds, on the first logprob
-    # Huge pages for what is allocated: packing new weights is a third faster.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+    "GLIBC_TUNABLES": MALLOC,  # packing new weights is a third faster
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actors.vllm_engine import MALLOC
 from learner.config import LearnerConfig, PPOConfig
 
 # The environment of a learner process. Must be set before torch is imported.
@@ -14,9 +15,9 @@ LEARNER_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Huge pages for what is allocated: a forward pass gathers its weights into new memory, and on
-    # CPU the page faults of that take longer than the copying.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
+    # A forward pass gathers its weights into new memory, and on CPU the page faults of that take
+    # longer than the copying.
+    "GLIBC_TUNABLES": MALLOC,
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

@@ -227,8 +227,8 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
         ("memory: generators: 64 x ", "8.000 GiB are available", "generators.count=", "would fit"),
     ),
     "microbatches beyond the memory": Kind(
-        with_memory(1.79, {"batch_size": 8192, "ppo.minibatches": 1}),
-        ("memory: ", "1.790 GiB", "max_tokens_per_microbatch=", "would fit"),
+        with_memory(2.3, {"batch_size": 8192, "ppo.minibatches": 1, "learner.ranks": 2}),
+        ("memory: learner: 2 x ", "2.300 GiB", "max_tokens_per_microbatch=", "would fit"),
     ),
     "a machine without memory": Kind(
         with_memory(1, {}), ("memory: ", "1.000 GiB", "take a smaller model or a larger machine")
