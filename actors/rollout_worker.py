@@ -3,8 +3,8 @@
     submit(prompts) --> generator --> completion --> reward client --> trajectory --> take()
 
 `take` is a long poll: it answers with all prompts that have become complete since the last one, by
-name, and beside the answer with their trajectories as one Table, which the driver passes on without
-looking into it. A prompt is complete when all its samples are scored; if one sample's score cannot
+name, and beside the answer with their trajectories as one packed Table, which the driver passes on
+without looking into it. A prompt is complete when all its samples are scored; if one sample's score cannot
 be had and the reward policy is to drop, the whole prompt is dropped, as its group would be.
 """
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 from actors.config import SamplingConfig
 from actors.generator import GenerateRequest
 from actors.scored import Dropped, Rewards, Sample, Scored, score, score_request
-from actors.trajectory import Completion, Key, Prompt, Trajectory, to_table, trajectory_id
+from actors.trajectory import Completion, Key, Prompt, Trajectory, packed, to_table, trajectory_id
 from actors.weight_update import WeightLayout, WeightUpdate
 from reward_service.api import ScoreRequest
 
@@ -112,7 +112,7 @@ class RolloutWorker:
 
     async def take(
         self, timeout_s: float, linger_s: float = 0.0
-    ) -> tuple[Rollouts, pa.Table | None]:
+    ) -> tuple[Rollouts, pa.Buffer | None]:
         """What is complete, and its trajectories (samples of one prompt together, in order), waiting
         at most `timeout_s` for the first and then `linger_s` for more, so that a driver with many
         workers is called less often. Raises what a rollout raised (GeneratorFailed,
@@ -133,7 +133,8 @@ class RolloutWorker:
             trajectories += item.trajectories
             dropped += item.dropped
         finished = list(dict.fromkeys((t.prompt_id, t.epoch) for t in trajectories))
-        return Rollouts(finished, dropped), to_table(trajectories) if trajectories else None
+        chunk = packed(to_table(trajectories)) if trajectories else None
+        return Rollouts(finished, dropped), chunk
 
     async def sample(
         self, prompts: list[Prompt], temperature: float, seed: int

@@ -32,7 +32,7 @@ import yaml
 
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
-from actors.trajectory import Key, Prompt, select
+from actors.trajectory import Key, Prompt, packed, select
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from benchmarks import work
 from cluster.config import RunConfig, load_config
@@ -76,7 +76,7 @@ class StandIn:
             heapq.heappush(self._out, (ends, prompt.prompt_id, prompt.epoch, row))
         self._more.set()
 
-    async def take(self, timeout_s: float, linger_s: float) -> tuple[Rollouts, pa.Table | None]:
+    async def take(self, timeout_s: float, linger_s: float) -> tuple[Rollouts, pa.Buffer | None]:
         deadline = time.time() + timeout_s
         while not self._out or self._out[0][0] > time.time():
             left = deadline - time.time()
@@ -95,7 +95,7 @@ class StandIn:
         keys = [(name, epoch) for _, name, epoch, _ in done]
         return Rollouts(keys), self._table([row for *_, row in done], keys)
 
-    def _table(self, rows: list[int], keys: list[Key]) -> pa.Table:
+    def _table(self, rows: list[int], keys: list[Key]) -> pa.Buffer:
         table = self._recorded.take(rows)
         version = np.full(len(rows), self._version)
         for name, values in (
@@ -107,7 +107,7 @@ class StandIn:
             place = table.schema.get_field_index(name)
             spec = table.schema.field(place)
             table = table.set_column(place, spec, pa.array(values, spec.type))
-        return table.combine_chunks()
+        return packed(table)
 
     def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         self._version = update.version
@@ -148,6 +148,7 @@ class Handle:
     def __init__(self, actor: Any, place: int) -> None:
         for name in ("submit", "take", "receive_weights", "status", "agree_layout"):
             setattr(self, name, Method(getattr(actor, name), place))
+        self.__ray_call__ = actor.__ray_call__  # by which the host learns where it runs
 
 
 class Method:
@@ -166,7 +167,7 @@ class StandInLearner:
     """Reads the batch, as a rank would; a version is a number."""
 
     def update(
-        self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Table
+        self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Buffer
     ) -> dict[str, float]:
         return rollout_metrics(select(chunks, keys), version) | {"learner/kl_to_ref": 0.0}
 
@@ -176,7 +177,7 @@ class StandInLearner:
     def publish(self, version: int) -> WeightUpdate:
         return WeightUpdate(version, LAYOUT.id, ("",), Probe((1, 2), (-0.5,)))
 
-    def save_trajectories(self, path: str, keys: list[Key], *chunks: pa.Table) -> None:
+    def save_trajectories(self, path: str, keys: list[Key], *chunks: pa.Buffer) -> None:
         pq.write_table(select(chunks, keys), path)
 
     def save(self, folder: str) -> None:
@@ -239,6 +240,8 @@ class Bench:
         members = [
             Member(f"generator-{i}", Handle(self._actors[i % 2].handle, i)) for i in range(count)
         ]
+        for member in members:
+            self._host.locate(member)
         supervisor = Supervisor(
             members,
             self._host,

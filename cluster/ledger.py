@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -150,7 +150,9 @@ class Ledger:
             "num_leased": self.num_leased,
             "num_consumed": self.num_consumed,
             "num_dropped": self.num_dropped,
-            "leases": [asdict(lease) for lease in self._leases.values()],
+            "leases": [
+                {**vars(lease), "prompt": _as_dict(lease.prompt)} for lease in self._leases.values()
+            ],
         }
 
     def without_leases(self) -> dict[str, Any]:
@@ -181,3 +183,8 @@ class Ledger:
         if not self._num_out[lease.version]:
             del self._num_out[lease.version], self._num_done[lease.version]
         return lease
+
+
+def _as_dict(prompt: Prompt) -> dict[str, Any]:
+    """`asdict` would copy every token id."""
+    return {name: getattr(prompt, name) for name in Prompt.__slots__}

@@ -107,12 +107,12 @@ class LearnerRole:
         return self._worker.last_update(in_message)
 
     def update(
-        self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Table
+        self, step: int, version: int, folder: str, keys: list[Key], *chunks: pa.Buffer
     ) -> dict[str, float] | StepRefused:
         """`chunks` as arguments of their own: so Ray brings them here before the call is made."""
         return self._worker.update(select(chunks, keys), step, version, folder)
 
-    def save_trajectories(self, path: str, keys: list[Key], *chunks: pa.Table) -> None:
+    def save_trajectories(self, path: str, keys: list[Key], *chunks: pa.Buffer) -> None:
         pq.write_table(select(chunks, keys) if keys else to_table([]), path)
 
     def policy_logprobs(self, samples: Samples) -> list[np.ndarray]:

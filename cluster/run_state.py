@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from actors.trajectory import keys_of
+from actors.trajectory import keys_of, packed
 from cluster import checkpoints
 from cluster.disk import refusal_of
 from cluster.placement import RoleFailed
@@ -104,7 +104,7 @@ async def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     run.supervisor.stream.cursor = state["cursor"]
     run.supervisor.ledger.restore(state["ledger"])
     saved = pq.read_table(checkpoint.buffer)
-    run.supervisor.buffer.add(dict.fromkeys(keys_of(saved)), run.host.share(saved))
+    run.supervisor.buffer.add(dict.fromkeys(keys_of(saved)), run.host.share(packed(saved)))
     run.seconds = run.seconds or state["seconds"]
     run.rewind(checkpoint.step, state["num_dropped"])
     run.files.event("resumed", step=checkpoint.step)

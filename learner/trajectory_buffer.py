@@ -1,8 +1,8 @@
 """Holds finished prompts' trajectories until a step takes them: references, never the tokens.
 
-A generator's answer comes as one Table of several prompts (a chunk). The driver owns its reference, and
-it lies on the driver's machine, so a chunk outlives the generator that made it and that one's machine,
-and goes to the learner unopened. Which prompts are taken, and when, the ledger says.
+A generator's answer comes as one packed Table of several prompts (a chunk). The driver owns its
+reference, and it lies on the driver's machine, so a chunk outlives the generator that made it and that
+one's machine, and goes to the learner unopened. Which prompts are taken, and when, the ledger says.
 """
 
 from __future__ import annotations

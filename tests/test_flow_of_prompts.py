@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from actors.prompts import PromptStream
-from actors.trajectory import Key, Prompt, Trajectory, from_table, keys_of, select, to_table
+from actors.trajectory import (
+    Key,
+    Prompt,
+    Trajectory,
+    from_table,
+    keys_of,
+    packed,
+    select,
+    to_table,
+    unpacked,
+)
 from cluster.ledger import Ledger
 from learner.trajectory_buffer import TrajectoryBuffer
 from tests import tiny
@@ -57,7 +67,8 @@ class FlowMachine(RuleBasedStateMachine):
         """One chunk of some of what it holds, in any order."""
         out = data.draw(st.sampled_from([out for out in self.out if out]))
         keys = data.draw(st.lists(st.sampled_from(sorted(out)), min_size=1, unique=True))
-        self.buffer.add(keys, to_table([t for key in keys for t in self.rollout(out[key])]))
+        rows = [t for key in keys for t in self.rollout(out[key])]
+        self.buffer.add(keys, packed(to_table(rows)))
         for key in keys:
             self.ledger.finish(key)
             del out[key]
@@ -106,7 +117,7 @@ class FlowMachine(RuleBasedStateMachine):
         saved = select(contents.chunks, contents.keys) if contents.keys else to_table([])
         self.ledger, self.buffer = self.fresh(), TrajectoryBuffer()
         self.ledger.restore(state)
-        self.buffer.add(dict.fromkeys(keys_of(saved)), saved)
+        self.buffer.add(dict.fromkeys(keys_of(saved)), packed(saved))
         for out in self.out:
             out.clear()
         self.submit(self.ledger.outstanding(), at)
@@ -137,9 +148,9 @@ class FlowMachine(RuleBasedStateMachine):
 
     @invariant()
     def chunks_are_forgotten_with_their_last_prompt(self) -> None:
-        chunks: list[pa.Table] = self.buffer.contents().chunks
+        chunks: list[pa.Buffer] = self.buffer.contents().chunks
         left = {*self.buffer.contents().keys}
-        assert all(left & {*keys_of(chunk)} for chunk in chunks)
+        assert all(left & {*keys_of(unpacked(chunk))} for chunk in chunks)
 
 
 TestFlow = FlowMachine.TestCase

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
-from actors.trajectory import Prompt, keys_of, to_table
+from actors.trajectory import Prompt, keys_of, packed, to_table
 from actors.weight_update import WeightUpdate
 from cluster import checkpoints, cli, replay_bundle, run_state
 from cluster.audit import audit
@@ -66,7 +66,9 @@ class Rollers:
             return Rollouts(), None
         prompts, self.ready = self.ready, []
         rows = [row for prompt in prompts for row in self._roll_out(prompt)]
-        return Rollouts([(prompt.prompt_id, prompt.epoch) for prompt in prompts]), to_table(rows)
+        return Rollouts([(prompt.prompt_id, prompt.epoch) for prompt in prompts]), packed(
+            to_table(rows)
+        )
 
     def _roll_out(self, prompt: Prompt) -> list[Any]:
         score = TOO_LARGE if self.spoil(self.version, self.count) else 1.0

@@ -16,7 +16,7 @@ from actors.config import SamplingConfig
 from actors.generator import GenerateRequest, GeneratorFailed
 from actors.rollout_worker import RolloutWorker, Scoring, sample_seed
 from actors.scored import Dropped
-from actors.trajectory import Completion, Trajectory, from_table
+from actors.trajectory import Completion, Trajectory, from_table, unpacked
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse, ScorerRaised
 from tests import tiny
 
@@ -118,8 +118,8 @@ NOTHING = Taken([], [])
 
 async def taken_from(rollouts: RolloutWorker, timeout_s: float, linger_s: float = 0.0) -> Taken:
     """One take, its Table read; what it says is finished is what the Table holds."""
-    said, table = await rollouts.take(timeout_s, linger_s)
-    trajectories = from_table(table) if table is not None else []
+    said, chunk = await rollouts.take(timeout_s, linger_s)
+    trajectories = from_table(unpacked(chunk)) if chunk is not None else []
     assert said.finished == list(dict.fromkeys((t.prompt_id, t.epoch) for t in trajectories))
     return Taken(trajectories, said.dropped)
 

@@ -14,7 +14,7 @@ import pytest_asyncio
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.scored import Dropped
-from actors.trajectory import Prompt, from_table, select, to_table
+from actors.trajectory import Prompt, from_table, packed, select, to_table
 from actors.weight_update import NeedsAll, Probe, WeightLayout, WeightsRejected, WeightUpdate
 from cluster import supervisor as supervisor_module
 from cluster.generator_group import Replacement
@@ -64,7 +64,7 @@ class FakeWorker:
             epoch = self.out.pop(name).epoch
             rows += [tiny.trajectory(int(name[1:]), epoch, sample) for sample in range(SAMPLES)]
         finished = list(dict.fromkeys((row.prompt_id, row.epoch) for row in rows))
-        self.ready.append((Rollouts(finished), to_table(rows)))
+        self.ready.append((Rollouts(finished), packed(to_table(rows))))
 
     def drop(self, name: str, reason: str) -> None:
         self.ready.append((Rollouts([], [Dropped(name, self.out.pop(name).epoch, reason)]), None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from actors.trajectory import (
     TRAJECTORY_SCHEMA,
     Trajectory,
     from_table,
+    packed,
     to_table,
     trajectory_id,
+    unpacked,
 )
 from tests import tiny
 
@@ -79,6 +82,16 @@ def test_a_slice_of_a_table_holds_the_same_rows(
     table = to_table(rows)
     for part in (table.slice(start, length), table.slice(start, length).combine_chunks()):
         assert from_table(part) == rows[start : start + length]
+
+
+@given(st.lists(trajectories(), min_size=1, max_size=5), st.data())
+def test_what_is_packed_and_sent_is_the_same(rows: list[Trajectory], data: st.DataObject) -> None:
+    length = data.draw(st.integers(0, len(rows)))
+    part = to_table(rows).slice(0, length)
+    sent = pickle.loads(pickle.dumps(packed(part), protocol=5))
+    got = unpacked(sent)
+    assert got.schema.equals(TRAJECTORY_SCHEMA, check_metadata=True)
+    assert got.equals(part)
 
 
 @given(st.lists(trajectories(), min_size=1, max_size=4), st.lists(trajectories(), max_size=4))

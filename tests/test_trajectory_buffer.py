@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.trajectory import TRAJECTORY_SCHEMA, Trajectory, from_table, select, to_table
+from actors.trajectory import TRAJECTORY_SCHEMA, Trajectory, from_table, packed, select, to_table
 from learner.trajectory_buffer import Batch, TrajectoryBuffer
 from tests import tiny
 
@@ -24,8 +24,8 @@ def names(rows: list[Trajectory]) -> list[str]:
     return [row.trajectory_id for row in rows]
 
 
-def chunk_of(*numbers: tuple[int, int]) -> pa.Table:
-    return to_table([row for number in numbers for row in group(*number)])
+def chunk_of(*numbers: tuple[int, int]) -> pa.Buffer:
+    return packed(to_table([row for number in numbers for row in group(*number)]))
 
 
 def rows_of(batch: Batch) -> list[Trajectory]:
