@@ -84,7 +84,7 @@ def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
     loose = {"probe": 1.0} if dtype == "bfloat16" else {}
     given = {
         "generators.dtype": dtype,
-        "generators.kv_cache_bytes": 1 << 25,
+        "generators.kv_cache_bytes": 1 << 26,
         "generators.max_num_seqs": 8,
         "generators.weight_memory": "shared" if way == "shared" else "packed",
         "generators.weight_push": "delta" if way == "delta" else "full",
