@@ -87,7 +87,7 @@ def test_the_estimate_is_what_the_benchmarks_runs_took(tmp_path: Path, name: str
     assert estimate_of(tmp_path, name) == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in end_to_end.VARIANTS if "bfloat16" not in name])
+@pytest.mark.parametrize("name", end_to_end.VARIANTS)
 def test_it_is_a_little_more_where_workers_share_what_they_imported(
     tmp_path: Path, name: str
 ) -> None:
