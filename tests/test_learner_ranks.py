@@ -93,8 +93,8 @@ def same_update(a, b):
     assert largest > 1e-3
     for name, change in moved.items():
         error = (b[1][name] - b[0][name] - change).abs().max()
-        # and one rounding of a weight of size 1
-        assert error <= 1e-5 * largest + 6e-8, f"{name}: {error / largest}"
+        # and one rounding: the last bit of a norm's weight that has grown beyond 1
+        assert error <= 1e-5 * largest + 2**-23, f"{name}: {error / largest}"
     machine = ("learner/tokens_per_s", "learner/peak_memory_bytes")
     for name in metrics.keys() - set(machine):
         assert b[2][name] == pytest.approx(metrics[name], rel=1e-4, abs=2e-6), name
