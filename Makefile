@@ -37,7 +37,7 @@ chaos: setup ## break real runs on purpose: 240 faults, about half an hour
 soak: setup ## long runs: does anything grow? what do kills cost? about 15 minutes
 	$(BIN)/python -m tests.chaos --seed $(SEED) --only throughput soak
 
-bench: setup ## every benchmark; results into benchmarks/results/ (about two hours)
+bench: setup ## every benchmark; results into benchmarks/results/ (a few hours)
 	$(BIN)/python -m benchmarks
 
 lint: setup ## ruff and mypy

@@ -151,7 +151,7 @@ def keys_of(table: pa.Table) -> list[Key]:
 
 def packed(table: pa.Table) -> pa.Buffer:
     """The table as one Arrow stream, to be sent: Ray pickles a Table column by column, which takes forty
-    times as long, in the process that samples and in the one that learns."""
+    times as long to write, beside an engine, and eight times to read."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)

@@ -2,7 +2,7 @@
 
     python -m benchmarks [--quick] [NAME ...]      (make bench)
 
-On a quiet machine of two cores all of them take about two hours. With --quick nothing is kept.
+On a quiet machine of two cores all of them take a few hours. With --quick nothing is kept.
 """
 
 from __future__ import annotations

@@ -93,9 +93,9 @@ class StandIn:
         while self._out and self._out[0][0] <= now:
             done.append(heapq.heappop(self._out))
         keys = [(name, epoch) for _, name, epoch, _ in done]
-        return Rollouts(keys), self._table([row for *_, row in done], keys)
+        return Rollouts(keys), self._chunk([row for *_, row in done], keys)
 
-    def _table(self, rows: list[int], keys: list[Key]) -> pa.Buffer:
+    def _chunk(self, rows: list[int], keys: list[Key]) -> pa.Buffer:
         table = self._recorded.take(rows)
         version = np.full(len(rows), self._version)
         for name, values in (

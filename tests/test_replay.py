@@ -66,9 +66,7 @@ class Rollers:
             return Rollouts(), None
         prompts, self.ready = self.ready, []
         rows = [row for prompt in prompts for row in self._roll_out(prompt)]
-        return Rollouts([(prompt.prompt_id, prompt.epoch) for prompt in prompts]), packed(
-            to_table(rows)
-        )
+        return Rollouts([prompt.key for prompt in prompts]), packed(to_table(rows))
 
     def _roll_out(self, prompt: Prompt) -> list[Any]:
         score = TOO_LARGE if self.spoil(self.version, self.count) else 1.0
