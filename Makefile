@@ -31,7 +31,7 @@ arithmetic: setup ## SFT and PPO with a verifiable reward: learn to carry
 test: setup ## all tests: maths, components, and real Ray + vLLM + FSDP runs
 	$(BIN)/pytest
 
-chaos: setup ## break real runs on purpose: 240 faults, about half an hour
+chaos: setup ## break real runs on purpose: some 270 faults, about half an hour
 	$(BIN)/python -m tests.chaos --seed $(SEED)
 
 soak: setup ## long runs: does anything grow? what do kills cost? about 15 minutes

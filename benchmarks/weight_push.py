@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from benchmarks.contenders import Job, trajectories
 from cluster.config import RunConfig
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
-from cluster.placement import Member, ask
+from cluster.placement import Member, RoleFailed, ask
 from cluster.ray_host import RayHost
 from cluster.roles import LearnerRole, RewardRole, RolloutRole
 from cluster.specs import learner_spec, rollout_spec
@@ -81,6 +81,9 @@ class Push:
 def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
     shape, dtype = SIZES[size]
     model = work.write_model(options.folder / f"push-{size}", shape)
+    # A small one: it is not pushed, and four receivers of the largest size need the memory.
+    small = replace(work.TINY, vocabulary=shape.vocabulary)
+    reference = work.write_model(options.folder / f"push-reference-{small.vocabulary}", small)
     loose = {"probe": 1.0} if dtype == "bfloat16" else {}
     given = {
         "generators.dtype": dtype,
@@ -90,6 +93,7 @@ def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
         "generators.weight_push": "delta" if way == "delta" else "full",
         "learner.ranks": 1,
         "ppo.advantage": "reinforce++",  # no critic: it is not pushed
+        "reference": str(reference),
         "too_little_memory": "warn",  # the largest size is pushed and never trained
         "self_check": loose,
     }
@@ -212,6 +216,10 @@ async def measure(options: Any, size: str, way: str) -> dict[int, list[Push]]:
                         pushes[count] = [
                             await bench.push(copy()) for _ in range(options.repetitions)
                         ]
+    except RoleFailed as error:  # the machine's memory, for one; the rest is worth having
+        if not pushes:
+            raise
+        print(f"{size} {way}, more than {max(pushes)} receivers: {error}", flush=True)
     finally:
         host.close()
     return pushes
@@ -259,7 +267,8 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
     batch = trajectories(Job("", 100, [(work.PROMPT_TOKENS, 32)] * 4))
     for lr in LEARNING_RATES:
         policy = {"lr": lr, "decay": "constant"}
-        config = config_of(options, size, "delta", **{"ppo.policy": policy, "ppo.minibatches": 1})
+        step = {"ppo.policy": policy, "ppo.minibatches": 1, "reference": None}
+        config = config_of(options, size, "delta", **step)
         spec: LearnerSpec = learner_spec(config, check_inputs(config))
         with tempfile.TemporaryDirectory(prefix="raylign-push-") as folder:
             worker = LearnerWorker(spec, 0)

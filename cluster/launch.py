@@ -39,13 +39,13 @@ from cluster.dropped import rolled_out, too_long
 from cluster.evaluation import Evaluation
 from cluster.generator_group import Replacement
 from cluster.gpus import check_gpus, gpus_of
+from cluster.hosting import hosting
 from cluster.learner_group import LearnerGroup, LearnerLost
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.memory import checkpoint_bytes
 from cluster.metrics import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member
-from cluster.ray_host import RayHost, fork_server
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles
@@ -69,8 +69,7 @@ def run_ppo(
 ) -> int:
     """The `train` command: check, launch, train, report. Returns the exit code."""
     started = _process_start()
-    on_cpu = config.device == "cpu" and not in_process
-    with fork_server(config.ray_address, on_cpu=on_cpu) as forks:
+    with hosting(config, in_process=in_process) as open_host:
         files = RunFiles(config)
         files.check(resume=resume, overwrite=overwrite)
         inputs = check_inputs(config)
@@ -82,11 +81,7 @@ def run_ppo(
                 "--in-process: one process holds one generator and one rank; set generators.count=1 "
                 "learner.ranks=1"
             )
-        host: Host = (
-            InProcessHost()
-            if in_process
-            else RayHost(config.ray_address, f"raylign-{config.name}", forks)
-        )
+        host = open_host()
         try:
             check_gpus(gpus_of(config), host.num_gpus)
             files.create(overwrite=overwrite)
@@ -100,8 +95,6 @@ def run_ppo(
             with contextlib.suppress(OSError):  # or a full disk would hide what failed
                 files.status("failed", error=str(error))
             raise
-        finally:
-            host.close()
 
 
 def _checkpoint_of(

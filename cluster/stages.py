@@ -10,12 +10,12 @@ from typing import Any
 from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
 from cluster.gpus import check_gpus
+from cluster.hosting import hosting
 from cluster.learner_group import meet
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
 from cluster.model_folder import model_config, policy_config
-from cluster.placement import Host, InProcessHost, ask
-from cluster.ray_host import RayHost, fork_server
+from cluster.placement import Host, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.versions import versions
@@ -25,23 +25,15 @@ from reward_service.pairs import read_pairs, read_reference
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     """Train, write runs/<name>/model, report. Returns the model's folder."""
-    on_cpu = config.device == "cpu" and not in_process
-    with fork_server(config.ray_address, on_cpu=on_cpu) as forks:
+    with hosting(config, in_process=in_process) as open_host:
         files = RunFiles(config)
         files.check(resume=False, overwrite=overwrite)
         _check_sft(config, in_process=in_process)
-        host: Host = (
-            InProcessHost()
-            if in_process
-            else RayHost(config.ray_address, f"raylign-{config.name}", forks)
-        )
-        try:
-            ranks = config.learner.ranks if config.device == "cuda" else 0
-            check_gpus({"learner.ranks": ranks}, host.num_gpus)
-            files.create(overwrite=overwrite)
-            return asyncio.run(_sft(config, files, host))
-        finally:
-            host.close()
+        host = open_host()
+        ranks = config.learner.ranks if config.device == "cuda" else 0
+        check_gpus({"learner.ranks": ranks}, host.num_gpus)
+        files.create(overwrite=overwrite)
+        return asyncio.run(_sft(config, files, host))
 
 
 def _check_sft(config: SFTRunConfig, *, in_process: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cluster import checkpoints, cli, launch, ray_auth, ray_host, stages, versions
+from cluster import checkpoints, cli, hosting, ray_auth, ray_host, versions
 from tests import tiny
 from tests.bad_configs import CASES, Case, World
 
@@ -60,9 +60,8 @@ class NoRay:
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:
     """Nor a fork server: it would import beside the checks, and after them beside the next test's."""
-    for module in (launch, stages):
-        patch.setattr(module, "RayHost", NoRay)
-        patch.setattr(module, "fork_server", lambda *_, **__: contextlib.nullcontext())
+    patch.setattr(hosting, "RayHost", NoRay)
+    patch.setattr(hosting, "fork_server", lambda *_, **__: contextlib.nullcontext())
 
 
 class FewGpus:
@@ -102,7 +101,7 @@ def of_case(case: Case) -> Kind:
 
 def with_the_real_ray(world: World, patch: pytest.MonkeyPatch) -> list[str]:
     """It is asked, and refuses before ray.init."""
-    patch.setattr(launch, "RayHost", ray_host.RayHost)
+    patch.setattr(hosting, "RayHost", ray_host.RayHost)
     return ["train", run_config(world, {"ray_address": "127.0.0.1:1"})]
 
 
@@ -116,7 +115,7 @@ def with_a_ray_that_wants_a_token(world: World, patch: pytest.MonkeyPatch) -> li
 
 def with_few_gpus(world: World, patch: pytest.MonkeyPatch) -> list[str]:
     """The one refusal that needs a cluster to ask: here it is a fake one."""
-    patch.setattr(launch, "RayHost", FewGpus)
+    patch.setattr(hosting, "RayHost", FewGpus)
     return ["train", run_config(world, {"device": "cuda", "generators.count": 4})]
 
 

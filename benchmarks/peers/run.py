@@ -34,6 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
 from benchmarks import work
+from benchmarks.end_to_end import ASYNC, SYNC
 from benchmarks.peers.systems import Peer, Place, Raylign, Run
 
 GRPO = {"sampling.samples_per_prompt": 8, "ppo.advantage": "grpo", "ppo.kl.where": "loss"}
@@ -42,13 +43,14 @@ SHARED = {**PPO, "ppo.value_model": "shared"}
 TRL_GRPO = Peer("TRL GRPO", "none", "trl_grpo")
 TRL_PPO = Peer("TRL classic PPO", "shared trunk", "trl_ppo")
 SETUPS = ((1, 1), (1, 2), (2, 1))  # processes, threads
+TRIAL_LIMIT_S = 300  # of four steps; the fastest take a fraction of it
 
 
 def pair(name: str, critic: str, changes: dict[str, object]) -> list[Raylign]:
-    """Asynchronous and synchronous."""
+    """Asynchronous and synchronous, set up as in end_to_end.py."""
     return [
-        Raylign(f"raylign {name} {mode}", critic, {**changes, "max_staleness": staleness})
-        for mode, staleness in (("async", 1), ("sync", 0))
+        Raylign(f"raylign {name} {mode}", critic, {**changes, **placed})
+        for mode, placed in (("async", ASYNC), ("sync", SYNC))
     ]
 
 
@@ -104,7 +106,7 @@ def fastest(peer: Peer, place: Place, options: argparse.Namespace) -> Peer:
     for processes, threads in SETUPS:
         tried = dataclasses.replace(peer, processes=processes, threads=threads)
         try:
-            rates[tried] = tried.run(place, True, warm_up=1, steps=3).rate
+            rates[tried] = tried.run(place, True, 1, 3, TRIAL_LIMIT_S).rate
         except TimeoutError:  # two threads on cores that others use can be slower by magnitudes
             rates[tried] = 0.0
         said(f"{peer.name}, {processes} x {threads} thread(s)", rates[tried])

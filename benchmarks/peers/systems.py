@@ -83,7 +83,10 @@ class Peer:
     processes: int = 1
     threads: int = 1
 
-    def run(self, place: Place, natural: bool, warm_up: int, steps: int) -> Run:
+    def run(
+        self, place: Place, natural: bool, warm_up: int, steps: int, limit_s: float = LIMIT_S
+    ) -> Run:
+        """TimeoutError after `limit_s`."""
         name = f"{self.script}-{'natural' if natural else 'fixed'}"
         options = {
             "model": place.model(natural),
@@ -100,7 +103,7 @@ class Peer:
             ],
             work.ROOT,
             place.folder / "logs" / f"{name}-{self.processes}x{self.threads}.log",
-            LIMIT_S,
+            limit_s,
             PEERS | {"OMP_NUM_THREADS": str(self.threads)},
         )
         rows = [json.loads(row) for row in watched.output.splitlines() if row.startswith("{")]
