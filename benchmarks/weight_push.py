@@ -219,7 +219,8 @@ async def measure(options: Any, size: str, way: str) -> dict[int, list[Push]]:
     except RoleFailed as error:  # the machine's memory, for one; the rest is worth having
         if not pushes:
             raise
-        print(f"{size} {way}, more than {max(pushes)} receivers: {error}", flush=True)
+        said = str(error).splitlines()[0]
+        print(f"{size} {way}, more than {max(pushes)} receivers: {said}", flush=True)
     finally:
         host.close()
     return pushes
