@@ -1,5 +1,5 @@
 """Draws benchmarks/results/shares.svg from the committed results: what raylign gets of what the machine
-gives, where 1 is the bare thing measured in the same run.
+gives, where 1 is the bare thing measured in the same run; and of what its peers get, beside it.
 
     python -m benchmarks.plot
 """
@@ -23,8 +23,10 @@ BARS = (
     ("... with the generator's logprobs", "end_to_end", "share_behavior_anchor"),
     ("... with a shared critic", "end_to_end", "share_shared_trunk"),
     ("... with a bfloat16 learner", "end_to_end", "share_bfloat16"),
+    ("GRPO, times TRL's with vLLM", "peers", "times_trl_grpo"),
+    ("PPO, shared critic, times TRL's", "peers", "times_trl_ppo"),
 )
-LEFT, WIDTH, ROW, TOP, MOST = 250, 640, 26, 14, 1.2
+LEFT, WIDTH, ROW, TOP, MOST = 250, 640, 26, 14, 1.75
 
 
 def figures(name: str) -> dict[str, float]:
@@ -55,7 +57,7 @@ def svg(bars: list[tuple[str, float]]) -> str:
             f'<rect x="{LEFT}" y="{y + 3}" width="{x(share) - LEFT:.1f}" height="{ROW - 8}" '
             f'fill="{color}"/><text x="{x(share) + 6}" y="{y + 15}">{share:.2f}</text>'
         )
-    for share in (0, 0.25, 0.5, 0.75, 1.0):
+    for share in (0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5):
         dash = "" if share == 1 else ' stroke-dasharray="2 4"'
         parts.append(
             f'<line x1="{x(share)}" x2="{x(share)}" y1="{TOP - 6}" y2="{bottom + 4}" '
