@@ -55,8 +55,10 @@ def shard(
     model.register_forward_hook(_reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Losses are normalised globally, so gradients are plain sums.
-            module.set_gradient_divide_factor(1.0)
+            # Losses are normalised globally, so gradients are plain sums. One rank's are so of itself,
+            # where a factor of 1 would cost a division and a copy.
+            if mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device="cpu" if config.cpu_offload else mesh.device_type)
     if hasattr(hf_model, "tie_weights"):
