@@ -95,7 +95,6 @@ class BareLoop:
         from transformers import AutoModel, AutoModelForCausalLM
 
         from learner.config import LearnerConfig
-        from learner.linear import use_fast_products
         from learner.packed_attention import use_packed_attention
         from learner.packing import PackedRows
         from learner.policy import PolicyModel, ValueModel
@@ -108,7 +107,6 @@ class BareLoop:
         self.critic = ValueModel(AutoModel.from_pretrained(job.model))
         for hf_model in (self.policy.lm, self.reference.lm, self.critic.trunk):
             use_packed_attention(hf_model)
-            use_fast_products(hf_model)
         sequences = job.sequences()
 
         def pack(indices: Any) -> PackedRows:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from learner.linear import add_product, linear
+from torch.nn import functional as F
 
 
 def kl_estimate(
@@ -122,9 +121,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(hidden.dtype)
                 if d_hidden is not None:
-                    d_hidden[rows] = linear(d_logits, head_weight.t())
+                    d_hidden[rows] = d_logits @ head_weight
                 if d_weight is not None:
-                    add_product(d_weight, d_logits.t(), hidden[rows])
+                    _add_product(d_weight, d_logits.t(), hidden[rows])
                 del logits, logp, d_logits
         return (
             d_hidden,
@@ -140,7 +139,7 @@ def _logit_chunks(
     """(rows, logits [rows,V] / temperature in float32 or better), the buffer free to overwrite."""
     for start in range(0, len(hidden), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits = linear(hidden[rows], head_weight, bias).to(_exact(hidden.dtype))
+        logits = F.linear(hidden[rows], head_weight, bias).to(_exact(hidden.dtype))
         if temperature != 1.0:
             logits.div_(temperature)
         yield rows, logits
@@ -166,3 +165,11 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; without a temporary of total's size where the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
