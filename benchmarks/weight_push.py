@@ -261,6 +261,8 @@ def growth(pushes: dict[int, list[Push]]) -> float:
 def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float, float]]:
     """(dtype, learning rate) -> share of the bytes that a delta sends after the second of two PPO
     steps (Adam's first is the same for every number), and seconds to encode it."""
+    import torch.distributed as dist
+
     from learner.learner_worker import LearnerWorker
     from learner.weight_publisher import WeightPublisher
 
@@ -286,6 +288,7 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
             for dtype, publisher in publishers.items():
                 update = publisher.publish(2, worker._probe)
                 found[dtype, lr] = (update.payload_bytes / full[dtype], update.write_s)
+            dist.destroy_process_group()  # before its file is gone
     return found
 
 
