@@ -139,6 +139,7 @@ class Save:
         """Whether all ranks have written theirs. OSError on all of them if the disk refused one."""
         if not self._writing.done():
             return False
+        self._make_room(self._writing)  # it is done before its callback is, in another thread
         with _plain():
             self._writing.result(timeout=0)
         return True
