@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -128,18 +129,23 @@ class Save:
             )
         assert isinstance(writing, Future)
         self._folder, self._writing = folder, writing
+        self._over = (
+            threading.Event()
+        )  # set behind `_make_room`; the writing itself is done before it
         writing.add_done_callback(self._make_room)
 
     def _make_room(self, writing: Future[Any]) -> None:
         """What was refused has filled the disk, perhaps, and the run's other files need it at once."""
-        if writing.exception(timeout=0) is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            if writing.exception(timeout=0) is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+        finally:
+            self._over.set()
 
     def ended(self) -> bool:
         """Whether all ranks have written theirs. OSError on all of them if the disk refused one."""
-        if not self._writing.done():
+        if not self._over.is_set():
             return False
-        self._make_room(self._writing)  # it is done before its callback is, in another thread
         with _plain():
             self._writing.result(timeout=0)
         return True
