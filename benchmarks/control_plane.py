@@ -213,7 +213,7 @@ class Bench:
         _bind_to_one_core()
 
     def run(self, count: int, steps: int) -> dict[str, float]:
-        """Rates over all steps but the first."""
+        """Rates over all steps but the first WARM_UP."""
         size = count * SEATS
         marks: list[tuple[float, float, float]] = []
         run = self._made(count, size, steps, marks)

@@ -3,8 +3,8 @@
     python -m benchmarks.growth [--quick] [--series batch length model generators]
 
 PPO with a separate critic, synchronous, float32, completions of exactly max_tokens. Each series
-changes one thing; its exponent is the slope of log(seconds) over log(thing), by least squares. After a
-warm-up step 2 (the largest points) to 6 steps are measured. A point that is in two series is run once.
+changes one thing; its exponent is the slope of log(seconds) over log(thing), by least squares. After two
+warm-up steps 2 (the largest points) or 6 are measured. A point that is in two series is run once.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 How exact: it is within 5 % of the five runs in benchmarks/results/end_to_end_amx.txt (2.7 million
 parameters, two cores), but that is no independent check: nearly all of it is what the processes cost
 before they hold a model, and these constants were fitted to the same runs. Workers that are forked share
-what they imported: the runs in end_to_end.txt took 2 to 18 % less than is estimated. No larger run has been
+what they imported: the runs in end_to_end.txt took 6 to 17 % less than is estimated. No larger run has been
 measured. Weights, gradients, moments and the KV cache are arithmetic. Activations are what autograd
 keeps of Qwen2's layers (within 1 %, tests/test_memory.py), for the most tokens that a microbatch may
 have: completions that end early take less. Not counted: what an allocator holds and does not use,

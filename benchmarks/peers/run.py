@@ -19,8 +19,8 @@ The last line: raylign's tokens/s over the peer's, of each round, median of the 
   times_trl_ppo_separate    raylign PPO async          over TRL classic PPO   natural lengths
 TRL's classic PPO has its critic as a head on the policy's trunk, about half the learner work of a
 separate critic. "shared" is raylign's ppo.value_model=shared, the same design; "separate" does twice
-the work and is compared nevertheless. `_sync`: raylign with max_staleness 0 instead of 1. `_fixed`:
-all completions have 128 tokens.
+the work and is compared nevertheless. `_sync`: raylign with max_staleness 0 and two generators instead
+of 1 and one. `_fixed`: all completions have 128 tokens.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def fastest(peer: Peer, place: Place, options: argparse.Namespace) -> Peer:
     for processes, threads in SETUPS:
         tried = dataclasses.replace(peer, processes=processes, threads=threads)
         try:
-            rates[tried] = tried.run(place, True, 1, 3, TRIAL_LIMIT_S).rate
+            rates[tried] = tried.run(place, True, warm_up=1, steps=3, limit_s=TRIAL_LIMIT_S).rate
         except TimeoutError:  # two threads on cores that others use can be slower by magnitudes
             rates[tried] = 0.0
         said(f"{peer.name}, {processes} x {threads} thread(s)", rates[tried])
