@@ -129,9 +129,8 @@ class Save:
             )
         assert isinstance(writing, Future)
         self._folder, self._writing = folder, writing
-        self._over = (
-            threading.Event()
-        )  # set behind `_make_room`; the writing itself is done before it
+        # The writing is done before `_make_room` is, which another thread runs.
+        self._over = threading.Event()
         writing.add_done_callback(self._make_room)
 
     def _make_room(self, writing: Future[Any]) -> None:
