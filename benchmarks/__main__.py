@@ -16,6 +16,7 @@ from benchmarks import work
 SCRIPTS = (
     "end_to_end",
     "generator",
+    "linear",
     "learner",
     "weight_push",
     "control_plane",

@@ -92,9 +92,11 @@ class BareLoop:
     """The computation of a step and nothing else, on tokens packed beforehand."""
 
     def __init__(self, job: Job) -> None:
+        import torch
         from transformers import AutoModel, AutoModelForCausalLM
 
         from learner.config import LearnerConfig
+        from learner.linear import row_multiple, use_fast_products
         from learner.packed_attention import use_packed_attention
         from learner.packing import PackedRows
         from learner.policy import PolicyModel, ValueModel
@@ -107,11 +109,14 @@ class BareLoop:
         self.critic = ValueModel(AutoModel.from_pretrained(job.model))
         for hf_model in (self.policy.lm, self.reference.lm, self.critic.trunk):
             use_packed_attention(hf_model)
+            use_fast_products(hf_model)
         sequences = job.sequences()
 
         def pack(indices: Any) -> PackedRows:
             return PackedRows.build(
-                [sequences[i] for i in indices], [job.lengths[i][0] for i in indices]
+                [sequences[i] for i in indices],
+                [job.lengths[i][0] for i in indices],
+                row_multiple(torch.device("cpu"), "float32"),
             )
 
         self._whole = pack(range(len(sequences)))

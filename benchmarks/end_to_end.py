@@ -11,7 +11,8 @@ run warm up and the last one is left out; each figure is the median over all oth
 ideal seconds a step = core-seconds of the raw parts / number of cores;
 share_of_ideal = ideal / measured. What a virtual machine's host takes of its cores (stolen) counts against
 raylign: the raw parts' core-seconds are without it. The raw parts are run as a person would start them, and
-once more with the settings of malloc (huge pages) that raylign gives its processes: "share, tuned".
+once more with what raylign gives its processes, settings of malloc (huge pages) and, on an AMD processor,
+oneDNN's products (learner/linear.py): "share, tuned".
 """
 
 from __future__ import annotations
@@ -64,10 +65,11 @@ class Measured:
     first_step_s: list[float] = field(default_factory=list)
 
 
-def raw_parts(model: Path, env: dict[str, str]) -> dict[str, float]:
+def raw_parts(model: Path, kind: str) -> dict[str, float]:
     """Core-seconds of each part, in processes of their own."""
+    env = TUNED if kind == "tuned" else {}
     generation = _child(env, "generation", str(model))
-    learning = _child(env, "learning", str(model), json.dumps(generation["lengths"]))
+    learning = _child(env, "learning", str(model), json.dumps(generation["lengths"]), kind)
     scale = generation["tokens"] / sum(generation["lengths"])  # this step's to the mean step's
     return {
         "generation": generation["generation"],
@@ -121,8 +123,8 @@ def measure(lengths: str, options: Any) -> dict[str, float]:
     parts: dict[str, list[dict[str, float]]] = {"as started by hand": [], "tuned": []}
     measured = {name: Measured() for name in names}
     for _ in range(1 if options.quick else options.rounds):
-        for kind, env in zip(parts, ({}, TUNED), strict=True):
-            parts[kind].append(raw_parts(model, env))
+        for kind in parts:
+            parts[kind].append(raw_parts(model, kind))
         for name in names:
             given = {**VARIANTS[name], "num_steps": steps, **changes}
             train(options.folder, model, given, measured[name])

@@ -62,10 +62,14 @@ def generation(model: Path, max_tokens: int = 128) -> dict[str, Any]:
     }
 
 
-def learning(model: Path, lengths: list[int]) -> dict[str, Any]:
-    """`lengths`: of the completions of one step."""
+def learning(model: Path, lengths: list[int], *, fast_products: bool) -> dict[str, Any]:
+    """`lengths`: of the completions of one step. `fast_products`: by the library that raylign takes."""
     import torch
 
+    from learner import linear
+
+    if not fast_products:
+        linear.takes_onednn = lambda: False  # type: ignore[assignment]
     from benchmarks.contenders import BareLoop, Job
 
     torch.set_num_threads(1)
@@ -91,6 +95,6 @@ if __name__ == "__main__":
     found = (
         generation(Path(folder))
         if part == "generation"
-        else learning(Path(folder), json.loads(rest[0]))
+        else learning(Path(folder), json.loads(rest[0]), fast_products=rest[1] == "tuned")
     )
     print(json.dumps(found))

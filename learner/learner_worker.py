@@ -22,6 +22,7 @@ from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner import checkpoint
 from learner.batch import TrajectoryBatch
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
+from learner.linear import row_multiple
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
@@ -79,6 +80,7 @@ class LearnerWorker:
             spec.learner.microbatch_tokens(device.type),
             device,
             even_length(models.policy),
+            row_multiple(device, spec.learner.dtype),
         )
         self._update = PPOUpdate(
             models,

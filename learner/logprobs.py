@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from learner.linear import ROWS, add_product, linear
 
 
 def kl_estimate(
@@ -121,9 +122,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(hidden.dtype)
                 if d_hidden is not None:
-                    d_hidden[rows] = d_logits @ head_weight
+                    d_hidden[rows] = linear(d_logits, head_weight.t())
                 if d_weight is not None:
-                    _add_product(d_weight, d_logits.t(), hidden[rows])
+                    add_product(d_weight, d_logits.t(), hidden[rows])
                 del logits, logp, d_logits
         return (
             d_hidden,
@@ -137,9 +138,14 @@ def _logit_chunks(
     hidden: Tensor, head_weight: Tensor, bias: Tensor | None, temperature: float, chunk_rows: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, logits [rows,V] / temperature in float32 or better), the buffer free to overwrite."""
-    for start in range(0, len(hidden), chunk_rows):
-        rows = slice(start, start + chunk_rows)
-        logits = F.linear(hidden[rows], head_weight, bias).to(_exact(hidden.dtype))
+    start = 0
+    while start < len(hidden):
+        count = min(chunk_rows, len(hidden) - start)
+        if count > ROWS:
+            count -= count % ROWS  # what is over comes last, in a chunk of its own
+        rows = slice(start, start + count)
+        start += count
+        logits = linear(hidden[rows], head_weight, bias).to(_exact(hidden.dtype))
         if temperature != 1.0:
             logits.div_(temperature)
         yield rows, logits
@@ -165,11 +171,3 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; without a temporary of total's size where the dtypes allow it."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

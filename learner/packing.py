@@ -100,16 +100,21 @@ class PackedRows:
 
     @classmethod
     def build(
-        cls, sequences: Sequence[Sequence[int] | np.ndarray], prompt_lengths: Sequence[int]
+        cls,
+        sequences: Sequence[Sequence[int] | np.ndarray],
+        prompt_lengths: Sequence[int],
+        multiple: int = 1,
     ) -> PackedRows:
         """From b sequences of prompt + completion ids. No sequences: one token, no rows.
 
         So a rank without work runs the same forwards and backwards as the others (each is a
-        collective), with an empty [N] whose losses and gradients are 0.
+        collective), with an empty [N] whose losses and gradients are 0. T is filled up to a `multiple`
+        by a sequence without rows.
         """
-        if not sequences:
-            return replace(cls.build([[0]], [1]), completion_lengths=())
         lengths = [len(sequence) for sequence in sequences]
+        if room := -sum(lengths) % multiple or (0 if lengths else multiple):
+            filled = cls.build([*sequences, [0] * room], [*prompt_lengths, room])
+            return replace(filled, completion_lengths=filled.completion_lengths[:-1])
         shapes = list(zip(prompt_lengths, lengths, strict=True))
         for prompt, total in shapes:
             if not 1 <= prompt <= total:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from learner.config import LearnerConfig
+from learner.linear import use_fast_products
 from learner.logprobs import token_logprobs
 from learner.model_limits import refuse_dropout
 from learner.packed_attention import use_packed_attention
@@ -124,6 +125,7 @@ def load_policy(
     with torch.device("meta"):
         empty = build(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
     use_packed_attention(empty.lm)
+    use_fast_products(empty)
     empty.requires_grad_(not frozen)
     return shard(empty, empty.lm, full, mesh, config)
 
@@ -156,6 +158,7 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     with torch.device("meta"):
         empty = ValueModel(AutoModel.from_config(hf_config, dtype=torch.float32))
     use_packed_attention(empty.trunk)
+    use_fast_products(empty)
     return shard(empty, empty.trunk, full, mesh, config)
 
 

@@ -62,6 +62,7 @@ class Share:
     max_tokens: int
     device: torch.device
     even_length: float = math.inf  # see packing.work
+    row_multiple: int = 1  # see linear.row_multiple
 
     def of(self, batch: Sequences, indices: Sequence[int]) -> list[list[int]]:
         """Microbatches of `indices` for this rank; every rank gets equally many."""
@@ -74,7 +75,8 @@ class Share:
         sequences = [
             np.concatenate([batch.prompt_ids[i], batch.completion_ids[i]]) for i in indices
         ]
-        packed = PackedRows.build(sequences, [len(batch.prompt_ids[i]) for i in indices])
+        prompts = [len(batch.prompt_ids[i]) for i in indices]
+        packed = PackedRows.build(sequences, prompts, self.row_multiple)
         return packed.to(self.device)
 
 

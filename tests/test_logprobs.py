@@ -50,7 +50,8 @@ def test_values_and_gradients_equal_those_of_full_logits(chunk_rows, temperature
     got = torch.autograd.grad(weigh(*chunked), leaves)
     expected = torch.autograd.grad(weigh(*full), leaves)
     for a, b in zip((*chunked, *got), (*full, *expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        # oneDNN's product and the sum over chunks are each rounded, where addmm rounds once.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])

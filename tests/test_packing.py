@@ -132,6 +132,22 @@ def test_packed_rows_look_like_the_picture_in_the_docstring():
     assert packed.to("cpu").rows.dtype == torch.int64
 
 
+@pytest.mark.parametrize(("multiple", "tokens"), [(1, 11), (11, 11), (4, 12), (64, 64)])
+def test_a_row_that_is_filled_up_asks_for_nothing_more(multiple, tokens):
+    packed, plain = (
+        PackedRows.build(SEQUENCES, PROMPTS, multiple),
+        PackedRows.build(SEQUENCES, PROMPTS),
+    )
+    assert packed.input_ids.shape == packed.position_ids.shape == (1, tokens)
+    assert packed.input_ids[:, :11].equal(plain.input_ids)
+    assert packed.cu_seqlens == (*plain.cu_seqlens, *((tokens,) if tokens > 11 else ()))
+    assert packed.rows.equal(plain.rows)
+    assert packed.targets.equal(plain.targets)
+    assert packed.completion_lengths == plain.completion_lengths
+    assert PackedRows.build([], [], multiple).input_ids.shape == (1, multiple)
+    assert PackedRows.build([], [], multiple).completion_lengths == ()
+
+
 @quick
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_targets_are_the_completions_and_rows_the_states_before_them(shapes):

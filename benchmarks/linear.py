@@ -1,0 +1,75 @@
+"""A learner's products of float32 matrices: torch's own (MKL) and oneDNN's, one thread each.
+
+    python -m benchmarks.linear [--quick]
+
+For layers of a small and of a 0.5B model, the three products of a linear layer on as many tokens as a
+microbatch has: forward, the gradient of what came in, the gradient of the weights. Each pair in turn;
+times: torch's seconds over oneDNN's, medians of 7. raylign's learner takes oneDNN's where the processor
+is AMD's (learner/linear.py).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import work
+
+SHAPES = ((256, 512), (512, 256), (896, 4864), (4864, 896))
+TOKENS, OPERATIONS = 2048, 4e9
+
+
+def pairs(k: int, n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    import torch
+
+    x, gradient, weight = torch.randn(TOKENS, k), torch.randn(TOKENS, n), torch.randn(n, k)
+
+    def onednn(a: Any, b: Any) -> Any:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    return {
+        "forward": (lambda: x @ weight.t(), lambda: onednn(x, weight)),
+        "inputs' gradient": (lambda: gradient @ weight, lambda: onednn(gradient, weight.t())),
+        "weights' gradient": (lambda: gradient.t() @ x, lambda: onednn(gradient.t(), x.t())),
+    }
+
+
+def seconds(product: Callable[[], Any], repetitions: int) -> float:
+    started = time.perf_counter()
+    for _ in range(repetitions):
+        product()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    options = work.parser(__doc__).parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    work.header()
+    vendor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "vendor" in line]
+    print(f"processor: {vendor[0].split()[-1]}, {torch.backends.cpu.get_cpu_capability()}")
+    rows, times = [], []
+    for k, n in SHAPES:
+        repetitions = max(1, int(OPERATIONS / (2 * TOKENS * k * n)))
+        row = []
+        for plain, fast in pairs(k, n).values():
+            seconds(plain, 1), seconds(fast, 1)
+            row.append(
+                work.median(
+                    seconds(plain, repetitions) / seconds(fast, repetitions)
+                    for _ in range(3 if options.quick else 7)
+                )
+            )
+        times += row
+        rows.append([f"{TOKENS} tokens, {k} to {n}", *row])
+    work.table(["torch's seconds over oneDNN's", *pairs(8, 8)], rows)
+    work.result(times_torch=work.median(times), times_torch_least=min(times))
+
+
+if __name__ == "__main__":
+    main()
