@@ -373,7 +373,7 @@ async def test_with_finish_all_weights_wait_for_every_request_that_came_before(m
 
 
 async def test_what_is_forgotten_fails_its_waiters_and_the_generator_goes_on(make: Make) -> None:
-    generator, engine = make(steps=1000)
+    generator, engine = make(steps=10**6)
     futures = await held_still(generator, engine, *"abcd")
     engine.may_step.set()
     await within(generator.forget())
