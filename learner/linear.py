@@ -6,7 +6,7 @@ processor decides, never a measurement: a run that goes on multiplies as it did 
 
 oneDNN writes a program for each shape that it meets, which takes half a megabyte and as long as a product
 of some hundred tokens. So tokens come in multiples of ROWS (packing.PackedRows fills them up), and a
-product over another number of them stays torch's own.
+product over another number of them stays torch's own, but for the few of a probe.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
 CPUINFO = Path("/proc/cpuinfo")
 ROWS = 64
+FEW = 16
 ROWS_AT_ONCE = 8192  # of a matrix that products are added to
 
 
@@ -96,7 +97,8 @@ class _Linear(torch.autograd.Function):
 
 def _fits(x: Tensor, tokens: int) -> bool:
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return on_cpu and tokens > 0 and tokens % ROWS == 0 and takes_onednn()
+    some = tokens > 0 and (tokens % ROWS == 0 or tokens <= FEW)
+    return some and on_cpu and takes_onednn()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

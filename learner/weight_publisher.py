@@ -42,7 +42,7 @@ PREFIX = "lm."  # the wrapper's name for the Hugging Face model
 # From here on the probe is answered beside the writing; with less, the interpreter's lock, which the
 # two threads then pass to and fro, costs more than that saves.
 OVERLAP_BYTES = 64 << 20
-PIECE_BYTES = 2 << 20  # written, then digested: small enough for the cache, large enough for speed
+PIECE_BYTES = 8 << 20  # written, then digested: small enough for the cache, large enough for speed
 
 
 @dataclass(frozen=True)
