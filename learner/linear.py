@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
 CPUINFO = Path("/proc/cpuinfo")
-ROWS = 64
+ROWS = 32
 FEW = 16
 ROWS_AT_ONCE = 8192  # of a matrix that products are added to
 
