@@ -1,68 +1,22 @@
-"""The generator: one vLLM engine and the one thread that steps it.
+"""The generator: coroutines on an event loop, before the one thread that steps a vLLM engine.
 
-    generate() --requests--> inbox --> engine thread: admit, step, deliver --> Completion
-    receive_weights() -----> inbox     (between two steps, so weights change atomically)
-
-Everything reaches the engine through the inbox; a crash of the thread fails every waiter with
-GeneratorFailed. After an update no completion leaves before the engine has answered the probe: what
-is finished in the meantime is held, and discarded if the probe is wrong.
+generate() --requests--> inbox --> engine thread: admit, step, deliver --> Completion
+receive_weights() -----> inbox     (between two steps, so weights change atomically)
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
-import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from actors.config import GeneratorsConfig
+from actors.engine_thread import Deliver, Delivery, EngineThread
+from actors.generate_request import GenerateRequest
 from actors.trajectory import Completion
-from actors.vllm_engine import completion_params, make_engine, probe_params
-from actors.weight_update import (
-    NeedsAll,
-    WeightLayout,
-    WeightsRejected,
-    WeightUpdate,
-    probe_difference,
-)
-
-PROBE_ID = "probe"
-
-
-class GeneratorFailed(Exception):
-    """The engine died or refused a request. Plain text only: it must unpickle without vLLM."""
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """One completion to be sampled. The seed makes it the same whenever it is asked for again."""
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    max_tokens: int
-    temperature: float
-    seed: int
-    stop: tuple[str, ...] = ()
-
-
-Deliver = Callable[[Any], None]
-Delivery = tuple[Deliver, Deliver]  # resolve, reject: safe to call from the engine thread
-
-
-@dataclass(frozen=True)
-class _Probing:
-    """An update that is applied and not yet proved."""
-
-    update: WeightUpdate
-    resolve: Deliver
-    reject: Deliver
-    spent: dict[str, float]  # seconds, by the receiver's parts
-    started: float
+from actors.vllm_engine import make_engine
+from actors.weight_update import WeightLayout, WeightUpdate
 
 
 class Generator:
@@ -75,33 +29,21 @@ class Generator:
         model: str,
         name: str,
         probe_bound: float,
-        decode: Any,
+        decode: Callable[[Sequence[int]], str],
         finish_all: bool = False,
     ) -> None:
         """`decode`: token ids -> text, without special tokens. `finish_all`: weights wait until every
         request that came before them is done, those that wait for a seat, too."""
-        self.name = name
         self._config = config
-        self._decode = decode
-        self._probe_bound = probe_bound
-        self._finish_all = finish_all
         self._engine = make_engine(config, model)
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Deliver]] = queue.SimpleQueue()
-        self._waiting: collections.deque[GenerateRequest] = collections.deque()
-        self._futures: dict[str, Delivery] = {}
-        self._started: dict[str, float] = {}
-        self._held: list[Any] = []
-        self._probing: _Probing | None = None
-        self._proved: int | None = None  # the version that has answered its probe
-        self._closed = False
-        self._busy_s = 0.0
-        self._weights_s = 0.0
-        self._num_tokens = 0
-        self._first_token_at: float | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-{name}")
-        self._thread.start()
-
-    # ---- what callers see: coroutines on an event loop
+        self._thread = EngineThread(
+            self._engine,
+            config,
+            name=name,
+            probe_bound=probe_bound,
+            decode=decode,
+            finish_all=finish_all,
+        )
 
     async def generate(
         self, requests: Sequence[GenerateRequest]
@@ -111,17 +53,11 @@ class Generator:
             return []
         futures, deliveries = zip(*(self._future() for _ in requests), strict=True)
 
-        def add() -> None:
-            self._futures.update(
-                {r.request_id: d for r, d in zip(requests, deliveries, strict=True)}
-            )
-            self._waiting.extend(requests)
-
         def reject(error: Any) -> None:
             for _, reject_one in deliveries:
                 reject_one(error)
 
-        self._inbox.put((add, reject))
+        self._thread.put(lambda: self._thread.add(requests, deliveries), reject)
         return list(futures)
 
     async def agree_layout(self, layout: WeightLayout) -> str:
@@ -135,22 +71,20 @@ class Generator:
         NeedsAll, after which all is as before: send the update in full."""
         started = time.perf_counter()
         future, delivery = self._future()
-        self._inbox.put((lambda: self._apply(update, delivery), delivery[1]))
+        self._thread.put(lambda: self._thread.apply(update, delivery), delivery[1])
         proof: dict[str, float] = await future
         return {"push_s": time.perf_counter() - started, **proof}
 
     async def status(self) -> dict[str, Any]:
         """Asked of the engine thread itself, so that an answer proves that it still turns."""
-        return await self._call(self._describe)
+        return await self._call(self._thread.describe)
 
     async def forget(self) -> None:
         """Give up every request; whoever waits for one gets GeneratorFailed. Weights stay."""
-        await self._call(self._forget)
+        await self._call(self._thread.forget)
 
     async def close(self) -> None:
-        self._closed = True
-        self._inbox.put((lambda: None, lambda _: None))
-        await asyncio.to_thread(self._thread.join, 10.0)
+        await asyncio.to_thread(self._thread.close)
 
     def _future(self) -> tuple[asyncio.Future[Any], Delivery]:
         loop = asyncio.get_running_loop()
@@ -171,163 +105,5 @@ class Generator:
     async def _call(self, function: Callable[[], Any]) -> Any:
         """Run `function` on the engine thread, between two steps."""
         future, (resolve, reject) = self._future()
-        self._inbox.put((lambda: resolve(function()), reject))
+        self._thread.put(lambda: resolve(function()), reject)
         return await future
-
-    # ---- the engine thread
-
-    def _run(self) -> None:
-        try:
-            while not self._closed:
-                self._take_inbox()
-                self._admit()
-                if self._engine.has_unfinished_requests():
-                    self._step()
-        except Exception as error:
-            self._refuse_all(error)
-
-    def _take_inbox(self) -> None:
-        idle = not self._waiting and not self._engine.has_unfinished_requests()
-        while True:
-            try:
-                operation, reject = self._inbox.get(block=idle)
-            except queue.Empty:
-                return
-            try:
-                operation()
-            except Exception as error:
-                reject(self._in_words(error))
-                raise
-            idle = False
-
-    def _admit(self) -> None:
-        """Give the engine as much as it decodes together. The rest waits here, not in vLLM, so that
-        a probe is never queued behind prompts, and a late prompt starts under the newest weights."""
-        while self._waiting and len(self._started) < self._config.max_num_seqs:
-            request = self._waiting.popleft()
-            self._started[request.request_id] = time.time()
-            self._engine.add_request(
-                request.request_id,
-                {"prompt_token_ids": list(request.prompt_ids)},
-                completion_params(
-                    request.max_tokens, request.temperature, request.seed, request.stop
-                ),
-            )
-
-    def _step(self) -> None:
-        started = time.perf_counter()
-        outputs = self._engine.step()
-        self._busy_s += time.perf_counter() - started
-        if self._first_token_at is None and self._started:
-            self._first_token_at = time.time()
-        for output in outputs:
-            if output.finished and output.request_id == PROBE_ID:
-                self._prove(output)
-            elif output.finished:
-                self._held.append(output)
-        if self._probing is None and self._held:
-            held, self._held = self._held, []
-            for output in held:
-                self._deliver(output)
-
-    def _deliver(self, output: Any) -> None:
-        sample = output.outputs[0]
-        started = self._started.pop(output.request_id)
-        resolve, _ = self._futures.pop(output.request_id)
-        ids = tuple(sample.token_ids)
-        self._num_tokens += len(ids)
-        resolve(
-            Completion(
-                ids=ids,
-                logprobs=tuple(sample.logprobs.logprobs),
-                # vLLM cuts the text at a stop string; everything else is decoded here.
-                text=sample.text if isinstance(sample.stop_reason, str) else self._decode(ids),
-                finish_reason=sample.finish_reason,
-                spans=tuple((int(span.version), span.start) for span in sample.weight_versions),
-                generate_s=time.time() - started,
-            )
-        )
-
-    def _apply(self, update: WeightUpdate, delivery: Delivery) -> None:
-        resolve, reject = delivery
-        if self._finish_all or self._config.weight_update == "drained":
-            while self._started or (self._finish_all and self._waiting):
-                if self._finish_all:
-                    self._admit()
-                self._step()
-        started = time.perf_counter()
-        proved, self._proved = self._proved, None
-        try:
-            spent: dict[str, float] = self._engine.collective_rpc(
-                "receive_weights", args=(update,)
-            )[0]
-        except NeedsAll as missing:
-            self._proved = proved
-            reject(NeedsAll(f"{self.name}: {missing}"))
-            return
-        except Exception as error:
-            raise WeightsRejected(f"{self.name}: {error}") from error
-        self._weights_s += time.perf_counter() - started
-        self._engine.set_weight_version(str(update.version))
-        # Blocks computed under the old weights must not serve new prompts.
-        self._engine.reset_prefix_cache()
-        self._probing = _Probing(update, resolve, reject, spent, time.perf_counter())
-        self._engine.add_request(
-            PROBE_ID, {"prompt_token_ids": list(update.probe.ids)}, probe_params()
-        )
-
-    def _prove(self, output: Any) -> None:
-        assert self._probing is not None
-        probing, update = self._probing, self._probing.update
-        answered = [
-            position[token].logprob
-            for position, token in zip(
-                output.prompt_logprobs[1:], update.probe.ids[1:], strict=True
-            )
-        ]
-        difference = probe_difference(update.probe, answered)
-        if difference > self._probe_bound:
-            raise WeightsRejected(
-                f"{self.name}: after version {update.version} was applied, the probe's logprobs differ "
-                f"by {difference:.2g} from the learner's (bound {self._probe_bound:g})"
-            )
-        self._probing = None
-        self._proved = update.version
-        probe_s = time.perf_counter() - probing.started
-        probing.resolve({**probing.spent, "probe_s": probe_s, "probe_difference": difference})
-
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "pid": os.getpid(),
-            "running": len(self._started),
-            "waiting": len(self._waiting),
-            "version": self._proved,
-            "busy_s": self._busy_s,
-            "weights_s": self._weights_s,
-            "completion_tokens": self._num_tokens,
-            "first_token_at": self._first_token_at,
-        }
-
-    def _forget(self) -> None:
-        self._engine.abort_request(list(self._started))
-        for _, reject in self._futures.values():
-            reject(GeneratorFailed(f"{self.name}: the request was given up"))
-        for gone in (self._futures, self._started, self._waiting, self._held):
-            gone.clear()
-
-    def _refuse_all(self, error: Exception) -> None:
-        """The engine is gone: every waiter, and whoever still comes, is told why. Nobody hangs."""
-        error = self._in_words(error)
-        for _, reject in self._futures.values():
-            reject(error)
-        if self._probing is not None:
-            self._probing.reject(error)
-        while not self._closed:
-            _, reject = self._inbox.get()
-            reject(error)
-
-    def _in_words(self, error: Exception) -> Exception:
-        """vLLM's exceptions need vLLM to unpickle."""
-        if isinstance(error, WeightsRejected):
-            return error
-        return GeneratorFailed(f"{self.name}: {type(error).__name__}: {error}")

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.config import SamplingConfig
-from actors.generator import GenerateRequest
+from actors.generate_request import GenerateRequest
 from actors.scored import Dropped, Rewards, Sample, Scored, score, score_request
 from actors.trajectory import Completion, Key, Prompt, Trajectory, packed, to_table, trajectory_id
 from actors.weight_update import WeightLayout, WeightUpdate

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from actors.generator import GeneratorFailed
+from actors.generate_request import GeneratorFailed
 from actors.trajectory import Prompt
 from actors.weight_update import NeedsAll, WeightLayout, WeightsRejected, WeightUpdate
 from cluster.learner_group import LearnerLost

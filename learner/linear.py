@@ -11,8 +11,6 @@ product over another number of them stays torch's own, but for the few of a prob
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +18,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
-CPUINFO = Path("/proc/cpuinfo")
+from learner.processor import slow_with_mkl
+
 ROWS = 32
 FEW = 16
 ROWS_AT_ONCE = 8192  # of a matrix that products are added to
 
 
-@functools.cache
 def takes_onednn() -> bool:
     """Whether products are oneDNN's here."""
-    if getattr(torch.ops.mkldnn, "_linear_pointwise", None) is None or not CPUINFO.exists():
-        return False
-    return any(vendor in CPUINFO.read_text() for vendor in SLOW_WITH_MKL)
+    return slow_with_mkl() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def row_multiple(device: torch.device, dtype: str) -> int:

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from actors import engine_thread
 from actors import generator as generator_module
 from actors.config import GeneratorsConfig
-from actors.generator import PROBE_ID, GenerateRequest, Generator, GeneratorFailed
+from actors.engine_thread import PROBE_ID
+from actors.generate_request import GenerateRequest, GeneratorFailed
+from actors.generator import Generator
 from actors.trajectory import Completion
 from actors.weight_update import (
     NeedsAll,
@@ -120,8 +123,8 @@ Make = Callable[..., tuple[Generator, FakeEngine]]
 async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """make(**of the engine) -> a running generator and its engine; ended with the test."""
     made: list[tuple[Generator, FakeEngine]] = []
-    monkeypatch.setattr(generator_module, "completion_params", lambda *given: given)
-    monkeypatch.setattr(generator_module, "probe_params", lambda: None)
+    monkeypatch.setattr(engine_thread, "completion_params", lambda *given: given)
+    monkeypatch.setattr(engine_thread, "probe_params", lambda: None)
 
     def maker(
         weight_update: Any = "in_flight", *, finish_all: bool = False, **given: Any
@@ -149,7 +152,7 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     for generator, engine in made:
         engine.may_step.set()
         await generator.close()
-        assert not generator._thread.is_alive()
+        assert not generator._thread._thread.is_alive()
 
 
 def requests(*names: str) -> list[GenerateRequest]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from learner import linear as products
+from learner import processor
 from learner.linear import Linear, add_product, linear, use_fast_products
 
 
@@ -22,7 +23,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     yield
-    products.takes_onednn.cache_clear()
+    processor.slow_with_mkl.cache_clear()
 
 
 def both(bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -107,8 +108,8 @@ def test_the_processor_decides(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(products, "CPUINFO", cpuinfo)
-    products.takes_onednn.cache_clear()
+    monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
+    processor.slow_with_mkl.cache_clear()
     model = nn.Sequential(nn.Linear(4, 4))
     use_fast_products(model)
     assert (type(model[0]) is Linear) is fast

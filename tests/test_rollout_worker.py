@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import SamplingConfig
-from actors.generator import GenerateRequest, GeneratorFailed
+from actors.generate_request import GenerateRequest, GeneratorFailed
 from actors.rollout_worker import RolloutWorker, Scoring, sample_seed
 from actors.scored import Dropped
 from actors.trajectory import Completion, Trajectory, from_table, unpacked

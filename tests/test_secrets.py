@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from actors.generator import GenerateRequest
+from actors.generate_request import GenerateRequest
 from actors.rollout_worker import RolloutWorker
 from actors.trajectory import Completion
 from actors.weight_update import WeightLayout, WeightUpdate

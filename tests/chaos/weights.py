@@ -40,7 +40,7 @@ def run(rng: random.Random, count: int) -> tuple[list[Fault], int]:
 async def _one(
     kind: str, learner: Any, layout: Any, make: Callable[[], Any], rng: random.Random, number: int
 ) -> tuple[Fault, int]:
-    from actors.generator import GenerateRequest
+    from actors.generate_request import GenerateRequest
 
     started = time.monotonic()
     generator = make()

@@ -53,7 +53,7 @@ class Bench:
 
 
 def request(name: str, **changes: Any) -> Any:
-    from actors.generator import GenerateRequest
+    from actors.generate_request import GenerateRequest
 
     base = GenerateRequest(name, (40, 41, 42, 43), max_tokens=24, temperature=0.7, seed=1)
     return dataclasses.replace(base, **changes)
@@ -199,7 +199,7 @@ def test_an_engine_may_compute_on_the_segment_that_the_learner_writes(
 
 def test_a_flipped_bit_is_refused_and_nothing_is_sampled_after_it(bench: Bench) -> None:
     """The last test: the generator is dead after it."""
-    from actors.generator import GeneratorFailed
+    from actors.generate_request import GeneratorFailed
 
     update = bench.publish()
     segment = bytearray(Path(update.segment).read_bytes())
