@@ -26,7 +26,7 @@ BARS = (
     ("GRPO, times TRL's with vLLM", "peers", "times_trl_grpo"),
     ("PPO, shared critic, times TRL's", "peers", "times_trl_ppo"),
 )
-LEFT, WIDTH, ROW, TOP, MOST = 250, 640, 26, 14, 1.75
+LEFT, WIDTH, ROW, TOP = 250, 640, 26, 14
 
 
 def figures(name: str) -> dict[str, float]:
@@ -39,10 +39,10 @@ def figures(name: str) -> dict[str, float]:
 
 
 def svg(bars: list[tuple[str, float]]) -> str:
-    bottom = TOP + ROW * len(bars)
+    bottom, most = TOP + ROW * len(bars), max(share for _, share in bars)
 
     def x(share: float) -> float:
-        return round(LEFT + share / MOST * (WIDTH - LEFT - 50), 1)
+        return round(LEFT + share / most * (WIDTH - LEFT - 50), 1)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 30}" '
@@ -57,7 +57,7 @@ def svg(bars: list[tuple[str, float]]) -> str:
             f'<rect x="{LEFT}" y="{y + 3}" width="{x(share) - LEFT:.1f}" height="{ROW - 8}" '
             f'fill="{color}"/><text x="{x(share) + 6}" y="{y + 15}">{share:.2f}</text>'
         )
-    for share in (0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5):
+    for share in (quarter / 4 for quarter in range(int(4 * most) + 1)):
         dash = "" if share == 1 else ' stroke-dasharray="2 4"'
         parts.append(
             f'<line x1="{x(share)}" x2="{x(share)}" y1="{TOP - 6}" y2="{bottom + 4}" '
