@@ -34,6 +34,7 @@ class Generator:
     ) -> None:
         """`decode`: token ids -> text, without special tokens. `finish_all`: weights wait until every
         request that came before them is done, those that wait for a seat, too."""
+        self.name = name
         self._config = config
         self._engine = make_engine(config, model)
         self._thread = EngineThread(
