@@ -3,7 +3,8 @@
 How exact: it is within 5 % of the five runs in benchmarks/results/end_to_end_amx.txt (2.7 million
 parameters, two cores), but that is no independent check: nearly all of it is what the processes cost
 before they hold a model, and these constants were fitted to the same runs. Workers that are forked share
-what they imported: the runs in end_to_end.txt took 9 to 17 % less than is estimated. No larger run has been
+what they imported: the runs in end_to_end.txt took 1 to 11 % less than is estimated, with
+some 130 MB a rank of oneDNN's programs (learner/linear.py), which are not counted. No larger run has been
 measured. Weights, gradients, moments and the KV cache are arithmetic. Activations are what autograd
 keeps of Qwen2's layers (within 1 %, tests/test_memory.py), for the most tokens that a microbatch may
 have: completions that end early take less. Not counted: what an allocator holds and does not use,
@@ -19,7 +20,6 @@ from dataclasses import dataclass, field, replace
 
 from cluster.config import RunConfig
 from cluster.shapes import Shape, Shapes, reward_models
-from learner.processor import slow_with_mkl
 from reward_service.config import RewardServiceConfig, ScorerConfig
 
 MB = 10**6
@@ -32,9 +32,6 @@ REWARD = 100 * MB
 REWARD_MODEL = 450 * MB
 # So much more took a rank that computes in bfloat16 on CPU: the difference of two of the runs.
 BFLOAT16_ON_CPU = 650 * MB
-# The programs that oneDNN writes for the shapes of products (learner/linear.py): what runs took more with
-# it than without.
-ONEDNN = 130 * MB
 GPU_CONTEXT = 1000 * MB  # on the GPU: CUDA's context, its libraries' workspaces, NCCL's buffers
 GPU_PROCESS = 2000 * MB  # on the host: the same libraries
 
@@ -137,8 +134,6 @@ def _learner(config: RunConfig, shapes: Shapes, longest: int) -> Need:
         host["copy to undo a step"] = state
     if learner.dtype == "bfloat16" and config.device == "cpu":
         host["bfloat16 on CPU"] = BFLOAT16_ON_CPU
-    elif config.device == "cpu" and slow_with_mkl():
-        host["oneDNN"] = ONEDNN
     device = working if learner.cpu_offload else waiting | working
     host |= waiting if learner.cpu_offload else {}
     return _place(config, Need("learner", learner.ranks, host, device), LEARNER)

@@ -81,10 +81,7 @@ def test_every_network_of_a_run_is_read_from_its_own_folder(
 
 
 @pytest.mark.parametrize("name", end_to_end.VARIANTS)
-def test_the_estimate_is_what_the_benchmarks_runs_took(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(memory, "slow_with_mkl", lambda: False)  # an Intel processor's
+def test_the_estimate_is_what_the_benchmarks_runs_took(tmp_path: Path, name: str) -> None:
     columns = ["s/step", "tokens/s", "share", "wait s", "update s", "GB", "first step s"]
     measured = gigabytes(OWN_PROCESSES, name, columns)
     assert estimate_of(tmp_path, name) == pytest.approx(measured, rel=0.1)
@@ -92,9 +89,8 @@ def test_the_estimate_is_what_the_benchmarks_runs_took(
 
 @pytest.mark.parametrize("name", end_to_end.VARIANTS)
 def test_it_is_a_little_more_where_workers_share_what_they_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, name: str
 ) -> None:
-    monkeypatch.setattr(memory, "slow_with_mkl", lambda: True)  # an AMD processor's
     columns = ["s/step", "tokens/s", "share", "tuned", "wait s", "update s", "idle", "stolen", "GB"]
     measured = gigabytes(FORKED, name, columns)
     assert measured < estimate_of(tmp_path, name) < 1.25 * measured
