@@ -1,7 +1,9 @@
 """The generator: coroutines on an event loop, before the one thread that steps a vLLM engine.
 
-generate() --requests--> inbox --> engine thread: admit, step, deliver --> Completion
-receive_weights() -----> inbox     (between two steps, so weights change atomically)
+    generate() --requests--> inbox --> engine thread: admit, step, deliver --> Completion
+    receive_weights() -----> inbox     (between two steps, so weights change atomically)
+
+The thread settles every future, also when it dies (engine_thread.py).
 """
 
 from __future__ import annotations

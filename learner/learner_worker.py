@@ -22,7 +22,6 @@ from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner import checkpoint
 from learner.batch import TrajectoryBatch
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
-from learner.linear import row_multiple
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
@@ -73,14 +72,12 @@ class LearnerWorker:
             use_shared_memory([models.policy, models.reference, models.value])
         # Loading drew numbers on rank 0 alone; a checkpoint keeps one random state for all ranks.
         torch.manual_seed(spec.seed)
-        device = torch.device(mesh.device_type)
         self._share = Share(
             self._rank,
             rendezvous.world_size,
-            spec.learner.microbatch_tokens(device.type),
-            device,
+            spec.learner,
+            torch.device(mesh.device_type),
             even_length(models.policy),
-            row_multiple(device, spec.learner.dtype),
         )
         self._update = PPOUpdate(
             models,
@@ -90,7 +87,7 @@ class LearnerWorker:
             num_steps=spec.num_steps,
             ptx_batches=self._ptx_batches(),
         )
-        return {"pid": os.getpid(), "device": str(device), "parameters": _count(models.policy)}
+        return {"pid": os.getpid(), "device": mesh.device_type, "parameters": _count(models.policy)}
 
     def prepare_publish(self, segment: str | None) -> WeightLayout:
         """`segment`: path stem in shared memory that generators can map, or None."""

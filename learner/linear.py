@@ -11,6 +11,8 @@ product over another number of them stays torch's own, but for the few of a prob
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +20,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from learner.processor import slow_with_mkl
-
+SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
+CPUINFO = Path("/proc/cpuinfo")
 ROWS = 32
 FEW = 16
 ROWS_AT_ONCE = 8192  # of a matrix that products are added to
 
 
+@functools.cache
 def takes_onednn() -> bool:
     """Whether products are oneDNN's here."""
-    return slow_with_mkl() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not CPUINFO.exists():
+        return False
+    return any(vendor in CPUINFO.read_text() for vendor in SLOW_WITH_MKL)
 
 
 def row_multiple(device: torch.device, dtype: str) -> int:

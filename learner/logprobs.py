@@ -142,7 +142,7 @@ def _logit_chunks(
     while start < len(hidden):
         count = min(chunk_rows, len(hidden) - start)
         if count > ROWS:
-            count -= count % ROWS  # what is over comes last, in a chunk of its own
+            count -= count % ROWS  # see linear.py; what is over comes last, in a chunk of its own
         rows = slice(start, start + count)
         start += count
         logits = linear(hidden[rows], head_weight, bias).to(_exact(hidden.dtype))

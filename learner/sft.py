@@ -12,7 +12,6 @@ from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, SFTConfig
 from learner.hf_folder import gather_weights, write_folder
 from learner.learner_spec import Rendezvous
-from learner.linear import row_multiple
 from learner.optimizer import NotFinite, Optimizer
 from learner.policy import load_policy
 from learner.process_group import free_address, join, sum_over_ranks
@@ -49,13 +48,11 @@ class SFTWorker:
         mesh = join(rendezvous, self._rank, spec.learner.timeout_s)
         self._policy = load_policy(spec.model, mesh, spec.learner)
         self._optimizer = Optimizer(self._policy.parameters(), spec.sft.optimizer)
-        device = torch.device(mesh.device_type)
         self._share = Share(
             self._rank,
             rendezvous.world_size,
-            spec.learner.microbatch_tokens(device.type),
-            device,
-            row_multiple=row_multiple(device, spec.learner.dtype),
+            spec.learner,
+            torch.device(mesh.device_type),
         )
         rows = load_supervised(spec.sft.data, load_tokenizer(spec.model), spec.sft.max_tokens)
         self._rows = SupervisedRows(rows, batch_size=spec.sft.batch_size, seed=spec.seed)

@@ -24,7 +24,8 @@ from learner.advantages import (
     whiten,
 )
 from learner.batch import PPOBatch, TrajectoryBatch
-from learner.config import PPOConfig
+from learner.config import LearnerConfig, PPOConfig
+from learner.linear import row_multiple
 from learner.packing import PackedRows, plan, unpack
 from learner.policy import PolicyModel, ValueModel
 from learner.process_group import sum_over_ranks
@@ -59,16 +60,16 @@ class Share:
 
     rank: int
     world_size: int
-    max_tokens: int
+    learner: LearnerConfig
     device: torch.device
     even_length: float = math.inf  # see packing.work
-    row_multiple: int = 1  # see linear.row_multiple
 
     def of(self, batch: Sequences, indices: Sequence[int]) -> list[list[int]]:
         """Microbatches of `indices` for this rank; every rank gets equally many."""
         whole = batch.lengths
         lengths = [whole[i] for i in indices]
-        mine = plan(lengths, self.world_size, self.max_tokens, self.even_length)[self.rank]
+        most = self.learner.microbatch_tokens(self.device.type)
+        mine = plan(lengths, self.world_size, most, self.even_length)[self.rank]
         return [[int(indices[i]) for i in one] for one in mine]
 
     def pack(self, batch: Sequences, indices: Sequence[int]) -> PackedRows:
@@ -76,7 +77,8 @@ class Share:
             np.concatenate([batch.prompt_ids[i], batch.completion_ids[i]]) for i in indices
         ]
         prompts = [len(batch.prompt_ids[i]) for i in indices]
-        packed = PackedRows.build(sequences, prompts, self.row_multiple)
+        multiple = row_multiple(self.device, self.learner.dtype)
+        packed = PackedRows.build(sequences, prompts, multiple)
         return packed.to(self.device)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from learner import linear as products
-from learner import processor
 from learner.linear import Linear, add_product, linear, use_fast_products
 
 
@@ -23,7 +22,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     yield
-    processor.slow_with_mkl.cache_clear()
+    products.takes_onednn.cache_clear()
 
 
 def both(bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -108,8 +107,8 @@ def test_the_processor_decides(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
-    processor.slow_with_mkl.cache_clear()
+    monkeypatch.setattr(products, "CPUINFO", cpuinfo)
+    products.takes_onednn.cache_clear()
     model = nn.Sequential(nn.Linear(4, 4))
     use_fast_products(model)
     assert (type(model[0]) is Linear) is fast
