@@ -10,6 +10,7 @@ probe: what is finished in the meantime is held, and discarded if the probe is w
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import queue
 import threading
@@ -21,7 +22,7 @@ from typing import Any
 from actors.config import GeneratorsConfig
 from actors.generate_request import GenerateRequest, GeneratorFailed
 from actors.trajectory import Completion
-from actors.vllm_engine import completion_params, probe_params
+from actors.vllm_engine import all_cores, completion_params, probe_params
 from actors.weight_update import NeedsAll, WeightsRejected, WeightUpdate, probe_difference
 
 PROBE_ID = "probe"
@@ -131,7 +132,8 @@ class EngineThread:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        outputs = self._engine.step()
+        with all_cores() if self._probing is not None else contextlib.nullcontext():
+            outputs = self._engine.step()
         self._busy_s += time.perf_counter() - started
         if self._first_token_at is None and self._started:
             self._first_token_at = time.time()
@@ -173,9 +175,10 @@ class EngineThread:
         started = time.perf_counter()
         proved, self._proved = self._proved, None
         try:
-            spent: dict[str, float] = self._engine.collective_rpc(
-                "receive_weights", args=(update,)
-            )[0]
+            with all_cores():
+                spent: dict[str, float] = self._engine.collective_rpc(
+                    "receive_weights", args=(update,)
+                )[0]
         except NeedsAll as missing:
             self._proved = proved
             reject(NeedsAll(f"{self._name}: {missing}"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from actors.config import GeneratorsConfig
+from actors.weight_update import PUSH_THREADS
 from reward_service.fast_import import fast_import
 
 # Huge pages for what is allocated; and one arena, for a thread's own one gives its memory back, and takes
@@ -35,12 +39,35 @@ CPU_ENGINE_ENV = ENGINE_ENV | {
 def import_vllm() -> None:
     """Import the engine, and on CPU what vLLM would only import when it makes one."""
     logging.getLogger("vllm").addHandler(logging.NullHandler())
+    _set_num_threads()
     with fast_import():
         import vllm.v1.engine.llm_engine
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
             import vllm.v1.worker.cpu_worker  # noqa: F401
+
+
+@functools.cache
+def _set_num_threads() -> Callable[[int], None]:
+    """torch's own, taken before vLLM makes an engine on CPU: then it puts a refusal in its place, since
+    it may have bound threads to cores. Here it binds none."""
+    import torch
+
+    return torch.set_num_threads
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """What this thread computes on CPU is shared out among PUSH_THREADS meanwhile."""
+    import torch
+
+    threads = torch.get_num_threads()
+    _set_num_threads()(PUSH_THREADS)
+    try:
+        yield
+    finally:
+        _set_num_threads()(threads)
 
 
 def make_engine(config: GeneratorsConfig, model: str) -> Any:

@@ -23,7 +23,8 @@ ALIGNMENT = 64  # bytes; every dtype may be viewed at it
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Engines fuse these into one parameter, in this order: laid side by side they are that parameter.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-DIGEST_THREADS = min(4, os.cpu_count() or 1)  # xxhash lets go of the interpreter's lock
+# That one receiver takes while generation waits for it; xxhash, too, lets go of the interpreter's lock.
+PUSH_THREADS = min(4, os.cpu_count() or 1)
 
 
 class WeightsRejected(Exception):
@@ -127,7 +128,7 @@ def digest_buckets(layout: WeightLayout, data: np.ndarray) -> tuple[str, ...]:
     """The digest of each bucket of `data`."""
     if len(layout.buckets) == 1:
         return (digest_bucket(data, layout.buckets[0]),)
-    with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+    with ThreadPoolExecutor(PUSH_THREADS) as threads:
         return tuple(threads.map(lambda bucket: digest_bucket(data, bucket), layout.buckets))
 
 

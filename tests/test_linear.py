@@ -102,13 +102,19 @@ def test_other_dtypes_are_torch_s_own(onednn: None) -> None:
 
 
 @pytest.mark.parametrize(("vendor", "fast"), [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_the_processor_decides(
+def test_the_processor_decides_on_many_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, fast: bool
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
     monkeypatch.setattr(products, "CPUINFO", cpuinfo)
     products.takes_onednn.cache_clear()
-    model = nn.Sequential(nn.Linear(4, 4))
-    use_fast_products(model)
-    assert (type(model[0]) is Linear) is fast
+    taken = []
+    product = products._product
+    monkeypatch.setattr(products, "_product", lambda x, *rest: taken.append(x) or product(x, *rest))
+    _, layer = both(bias=True)
+    layer(torch.randn(1, 8, 48))  # a probe
+    assert len(taken) == 1
+    layer(torch.randn(1, 64, 48))
+    assert len(taken) == 1 + fast
+    assert (products.row_multiple(torch.device("cpu"), "float32") == products.ROWS) is fast

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import weight_segment
+from actors import vllm_engine, weight_segment
 from actors.vllm_engine import CPU_ENGINE_ENV
 from actors.weight_segment import SegmentInUse
 from actors.weight_update import WeightsRejected, WeightUpdate
@@ -148,6 +148,32 @@ def test_stop_strings_end_a_completion(bench: Bench) -> None:
     stopped = bench.generate(request("stopped", max_tokens=40, stop=(text[2:4],)))[0]
     assert stopped.finish_reason == "stop"
     assert len(stopped.ids) <= len(free.ids)
+
+
+def test_a_push_is_shared_out_among_threads_and_sampling_is_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(vllm_engine, "PUSH_THREADS", 3)
+    engine, threads = bench.generator._engine, []
+
+    def counted(plain: Any) -> Any:
+        def count(*args: Any, **named: Any) -> Any:
+            threads.append(torch.get_num_threads())
+            return plain(*args, **named)
+
+        return count
+
+    for method in ("collective_rpc", "step"):
+        monkeypatch.setattr(engine, method, counted(getattr(engine, method)))
+    usual = bench.run(bench.generator._call(torch.get_num_threads))
+    assert usual != 3
+    bench.push()
+    assert set(threads) == {3}
+    threads.clear()
+    bench.generate(request("alone", max_tokens=3))
+    assert set(threads) == {usual}
 
 
 def test_more_requests_than_seats_are_all_answered(bench: Bench) -> None:
