@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from cluster.config import RunConfig
 from cluster.shapes import Shape, Shapes, reward_models
+from learner.config import KEPT_LOGITS_BYTES
 from reward_service.config import RewardServiceConfig, ScorerConfig
 
 MB = 10**6
@@ -149,12 +150,16 @@ def _working(config: RunConfig, shape: Shape, longest: int) -> dict[str, int]:
     if learner.activation_checkpointing:  # the layers' inputs, and one layer computed again
         layers = shape.layers * shape.hidden * item + kept
     passing = (2 * shape.mlp + 4 * shape.hidden) * item  # gradients on their way through a layer
+    row = shape.vocabulary * FLOAT32
     rows = min(learner.logprob_chunk_rows, swept)
+    chunk = min(rows, trained)
+    kept_rows = min(KEPT_LOGITS_BYTES // (chunk * row) * chunk, trained)
     outer = shape.parameters - shape.layers * shape.layer  # embedding and head, gathered throughout
     whole = outer + min(shape.layers * shape.layer, 2 * max(shape.layer, UNIT))
     return {
         "activations": max(trained * (layers + passing), swept * passing),
-        "logits": LOGITS_AT_ONCE * rows * shape.vocabulary * FLOAT32,
+        "logits": LOGITS_AT_ONCE * rows * row,
+        "log-probabilities kept": kept_rows * row,
         "gathered by FSDP": whole * 2 * item,  # weights and gradients
     }
 

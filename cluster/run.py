@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from actors.trajectory import Prompt
 from actors.weight_update import WeightUpdate
@@ -15,30 +14,14 @@ from cluster.evaluation import Evaluated, Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter
-from cluster.placement import Host, Member, RoleFailed, ask
-from cluster.role_times import Times, role_times, since
+from cluster.placement import Host, Member, RoleFailed
+from cluster.role_meter import Interval, RoleMeter
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
 from learner.learner_spec import StepRefused
 from learner.trajectory_buffer import Batch
 
 HISTORY = 16  # steps
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What the roles count from their start, at one moment."""
-
-    at: float  # perf_counter
-    spent: dict[str, float]
-    generators: dict[str, dict[str, Any]]  # by name
-    reward: dict[str, float]
-
-    def generators_since(self, before: Counters) -> list[dict[str, float]]:
-        return [
-            since(counters, before.generators.get(name, {}))
-            for name, counters in self.generators.items()
-        ]
 
 
 @dataclass
@@ -65,13 +48,15 @@ class Run:
     published: int = 0  # the newest version that was written for the generators
     saved_step: int | None = None  # of the newest checkpoint that this process has written
     evaluations: list[Evaluated] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of the last steps
     boundary: tuple[int, int] = (0, 0)  # (cursor, drops) at the end of the last step
-    _first: Counters | None = None  # as they were when the first prompt went out
-    _last: Counters | None = None  # at the last step
+    meter: RoleMeter = field(init=False)
     _refused_in_a_row: int = 0
     _saving: asyncio.Task[None] | None = None  # the checkpoint that is being written
+
+    def __post_init__(self) -> None:
+        ping_s = self.config.ping_timeout_s
+        self.meter = RoleMeter(self.supervisor, self.rewards, ping_s=ping_s)
 
     # ---- the verbs of a step
 
@@ -80,8 +65,7 @@ class Run:
         self._doing("learner", "waiting for rollouts")
         if self._saving is not None and self._saving.done():
             await self.checkpointed()  # raises what it failed of
-        if self._first is None:
-            self._first = self._last = await self._counters()
+        await self.meter.begin()
         self.boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
         await self.supervisor.admit()
         return await self.supervisor.take(self.step, self.stop)
@@ -90,17 +74,17 @@ class Run:
         """The learner's PPO step; meanwhile the generators are asked what they did."""
         self._doing("learner", f"update of step {self.step + 1}")
         folder = self.files.folder / "trajectories"
-        learned, (seconds, busy_share) = await asyncio.gather(
-            self.learner.update(batch, self.step + 1, self.step, folder), self._since_last_step()
+        learned, past = await asyncio.gather(
+            self.learner.update(batch, self.step + 1, self.step, folder), self._past()
         )
         if isinstance(learned, StepRefused):
             return learned
         self._refused_in_a_row = 0
         return {
             **learned,
-            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / seconds,
-            "rollout/samples_per_s": self.config.batch_size / seconds,
-            "rollout/generator_busy_share": busy_share,
+            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / past.seconds,
+            "rollout/samples_per_s": self.config.batch_size / past.seconds,
+            "rollout/generator_busy_share": past.busy_share,
             "reward/dropped": float(self.supervisor.ledger.num_dropped),
         }
 
@@ -146,7 +130,7 @@ class Run:
     async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
         proofs = await self.supervisor.push(update)
         seconds = time.perf_counter() - started
-        if self.config.max_staleness and self._first is not None:
+        if self.config.max_staleness and self.meter.begun:
             await self.supervisor.admit()
         return {
             "weights/push_s": seconds,
@@ -176,7 +160,7 @@ class Run:
             return
         save = run_state.Save(self)
         if await save.begin():
-            stall_s = self.spent("checkpoint", time.perf_counter() - started)
+            stall_s = self.meter.spent("checkpoint", time.perf_counter() - started)
             self._saving = asyncio.create_task(self._end(save, started, stall_s))
 
     async def checkpointed(self) -> None:
@@ -218,7 +202,7 @@ class Run:
         self.evaluations.append(evaluated)
         self.files.event("evaluation", step=self.step, **_rounded(evaluated.metrics))
         self.view.note(_evaluation_line(evaluated))
-        seconds = self.spent("evaluation", time.perf_counter() - started)
+        seconds = self.meter.spent("evaluation", time.perf_counter() - started)
         return evaluated.metrics | {"time/evaluate_s": seconds}
 
     def evaluation_due(self, last: bool) -> bool:
@@ -251,47 +235,15 @@ class Run:
         self.history.clear()
         self.evaluations = [one for one in self.evaluations if one.step <= step]
 
-    # ---- figures
+    async def _past(self) -> Interval:
+        past = await self.meter.interval()
+        for name, status in past.generators.items():
+            self._doing(name, f"{status['running']} running, {status['waiting']} waiting")
+        return past
 
     def _doing(self, role: str, what: str) -> None:
         """For the live view: what a role is at."""
         self.view.roles({role: what})
-
-    def spent(self, role: str, seconds: float) -> float:
-        self.seconds[role] = self.seconds.get(role, 0.0) + seconds
-        return seconds
-
-    async def role_times(self) -> Times:
-        """What each role did since the first prompt went out; {} if none did."""
-        if (before := self._first) is None:
-            return {}
-        now = await self._counters()
-        return role_times(
-            now.at - before.at,
-            since(now.spent, before.spent),
-            now.generators_since(before),
-            {"busy_s": max(0.0, since(now.reward, before.reward).get("reward/busy_s", 0.0))},
-        )
-
-    async def _counters(self) -> Counters:
-        statuses = await self.supervisor.statuses()
-        try:
-            reward = await ask(
-                self.rewards, self.rewards.handle.stats, within=self.config.ping_timeout_s
-            )
-        except RoleFailed:  # reward_watch.py sees to that; these are only figures
-            reward = self._last.reward if self._last is not None else {}
-        return Counters(time.perf_counter(), dict(self.seconds), statuses, reward)
-
-    async def _since_last_step(self) -> tuple[float, float]:
-        """The seconds since this was last asked, and the share of them in which generators decoded."""
-        now, before = await self._counters(), self._last
-        assert before is not None, "take comes first"
-        self._last, seconds = now, now.at - before.at
-        busy = [one["busy_s"] for one in now.generators_since(before)]
-        for name, status in now.generators.items():
-            self._doing(name, f"{status['running']} running, {status['waiting']} waiting")
-        return seconds, self.spent("generation", sum(busy) / max(1, len(busy))) / seconds
 
 
 def _rounded(metrics: dict[str, float]) -> dict[str, float]:

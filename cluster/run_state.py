@@ -105,7 +105,7 @@ async def restore(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     run.supervisor.ledger.restore(state["ledger"])
     saved = pq.read_table(checkpoint.buffer)
     run.supervisor.buffer.add(dict.fromkeys(keys_of(saved)), run.host.share(packed(saved)))
-    run.seconds = run.seconds or state["seconds"]
+    run.meter.seconds = run.meter.seconds or state["seconds"]
     run.rewind(checkpoint.step, state["num_dropped"])
     run.files.event("resumed", step=checkpoint.step)
 
@@ -133,6 +133,6 @@ def _driver_state(run: Run) -> dict[str, Any]:
         "cursor": cursor,
         "ledger": ledger,
         "num_dropped": num_dropped,
-        "seconds": run.seconds,
+        "seconds": run.meter.seconds,
         "config": run.config.model_dump(mode="json"),
     }

@@ -26,8 +26,8 @@ async def finish(run: Run) -> None:
         "steps": run.step,
         "wall_s": round(time.time() - run.started, 1),
         "first_token_s": round(min(first_tokens) - run.started, 1) if first_tokens else None,
-        "timing": {role: round(seconds, 2) for role, seconds in run.seconds.items()},
-        "roles": await run.role_times(),
+        "timing": {role: round(seconds, 2) for role, seconds in run.meter.seconds.items()},
+        "roles": await run.meter.times(),
         "versions": versions(),
         **_held_out(run),
     }

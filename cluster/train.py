@@ -31,11 +31,11 @@ async def train(run: Run) -> None:
         batch = await run.take()
         if batch is None:
             break
-        waited = run.spent("waiting for rollouts", time.perf_counter() - started)
+        waited = run.meter.spent("waiting for rollouts", time.perf_counter() - started)
 
         updating = time.perf_counter()
         learned = await run.update(batch)
-        update_s = run.spent("update", time.perf_counter() - updating)
+        update_s = run.meter.spent("update", time.perf_counter() - updating)
         if isinstance(learned, StepRefused):
             await run.refuse(learned, batch)
             continue
@@ -43,7 +43,7 @@ async def train(run: Run) -> None:
         publishing = time.perf_counter()
         metrics |= await run.publish(run.step + 1)
         run.step += 1
-        metrics["time/publish_s"] = run.spent("publish", time.perf_counter() - publishing)
+        metrics["time/publish_s"] = run.meter.spent("publish", time.perf_counter() - publishing)
 
         last = run.step == config.num_steps
         if run.evaluation_due(last):

@@ -25,6 +25,9 @@ class OptimizerConfig(StrictModel):
 
 # More at once leave a CPU's caches, and cost up to half as much again.
 CPU_MICROBATCH_TOKENS = 2048
+# Of log-probabilities [rows, vocabulary] that a forward pass keeps for its backward pass; those of more
+# rows are computed twice.
+KEPT_LOGITS_BYTES = 64 << 20
 
 
 class LearnerConfig(StrictModel):

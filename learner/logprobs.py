@@ -1,8 +1,9 @@
 """Log-probabilities and entropies of chosen tokens, and KL estimators.
 
 `token_logprobs` never holds the [N,V] logits: it walks over chunks of rows and keeps one number per
-row; the backward pass computes each chunk's logits again. One matmul more (4 instead of 3) for
-chunk_rows * V * 4 bytes instead of N * V * 4, several times over.
+row, and log p of as many chunks as KEPT_LOGITS_BYTES allow. The backward pass computes the others'
+logits again: one matmul more (4 instead of 3) for chunk_rows * V * 4 bytes instead of N * V * 4, several
+times over.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from learner.config import KEPT_LOGITS_BYTES
 from learner.linear import ROWS, add_product, linear
 
 
@@ -53,8 +55,11 @@ def token_logprobs(
     not use, or weighs with 0, costs nothing in the backward pass.
     """
     hidden = hidden.to(head_weight.dtype)
+    # Inside a Function it can not be told.
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    to_keep = KEPT_LOGITS_BYTES if differentiable else 0
     return _TokenLogprobs.apply(
-        hidden, head_weight, bias, targets, temperature, chunk_rows, with_entropy
+        hidden, head_weight, bias, targets, temperature, chunk_rows, with_entropy, to_keep
     )
 
 
@@ -71,19 +76,25 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk_rows: int,
         with_entropy: bool,
+        to_keep: int,
     ) -> tuple[Tensor, Tensor]:
         normalizer = hidden.new_empty(len(hidden), dtype=_exact(hidden.dtype))
         logprobs, entropy = torch.empty_like(normalizer), torch.zeros_like(normalizer)
+        kept: list[Tensor] = []  # log p of the first chunks
         with _no_autocast(hidden):
-            chunks = _logit_chunks(hidden, head_weight, bias, temperature, chunk_rows)
-            for rows, logits in chunks:
+            for rows in _chunks(len(hidden), chunk_rows):
+                logits = _logits(hidden[rows], head_weight, bias, temperature)
                 torch.logsumexp(logits, -1, out=normalizer[rows])
                 logp = logits.sub_(normalizer[rows, None])
                 logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
                 if with_entropy:
                     entropy[rows] = -torch.linalg.vecdot(logp.exp(), logp)
+                to_keep -= logp.nbytes
+                if to_keep >= 0:
+                    kept.append(logp)
                 del logits, logp  # else two chunks are alive while the next one is computed
         ctx.save_for_backward(hidden, head_weight, bias, targets, normalizer, entropy)
+        ctx.kept = kept
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.set_materialize_grads(False)  # an unused result has gradient None, not zeros
         if not with_entropy:
@@ -107,10 +118,15 @@ class _TokenLogprobs(torch.autograd.Function):
         # Summed over chunks, hence not in bfloat16.
         d_weight = torch.zeros_like(head_weight, dtype=grad.dtype) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=grad.dtype) if need_bias else None
+        # They are overwritten: a second backward pass computes them all again.
+        kept, ctx.kept = ctx.kept, []
         with _no_autocast(hidden):
-            chunks = _logit_chunks(hidden, head_weight, bias, ctx.temperature, ctx.chunk_rows)
-            for rows, logits in chunks:
-                logp = logits.sub_(normalizer[rows, None])
+            for rows in _chunks(len(hidden), ctx.chunk_rows):
+                if kept:
+                    logp = kept.pop(0)
+                else:
+                    logp = _logits(hidden[rows], head_weight, bias, ctx.temperature)
+                    logp.sub_(normalizer[rows, None])
                 d_logits = _logit_gradient(
                     logp,
                     targets[rows, None],
@@ -125,31 +141,29 @@ class _TokenLogprobs(torch.autograd.Function):
                     d_hidden[rows] = linear(d_logits, head_weight.t())
                 if d_weight is not None:
                     add_product(d_weight, d_logits.t(), hidden[rows])
-                del logits, logp, d_logits
+                del logp, d_logits
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(head_weight.dtype),
             None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
-def _logit_chunks(
-    hidden: Tensor, head_weight: Tensor, bias: Tensor | None, temperature: float, chunk_rows: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [rows,V] / temperature in float32 or better), the buffer free to overwrite."""
+def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     start = 0
-    while start < len(hidden):
-        count = min(chunk_rows, len(hidden) - start)
+    while start < num_rows:
+        count = min(chunk_rows, num_rows - start)
         if count > ROWS:
             count -= count % ROWS  # see linear.py; what is over comes last, in a chunk of its own
-        rows = slice(start, start + count)
+        yield slice(start, start + count)
         start += count
-        logits = linear(hidden[rows], head_weight, bias).to(_exact(hidden.dtype))
-        if temperature != 1.0:
-            logits.div_(temperature)
-        yield rows, logits
-        del logits
+
+
+def _logits(hidden: Tensor, head_weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[rows,V], divided by the temperature, in float32 or better; a buffer free to overwrite."""
+    logits = linear(hidden, head_weight, bias).to(_exact(hidden.dtype))
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _logit_gradient(

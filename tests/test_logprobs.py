@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from learner import logprobs as module
 from learner.logprobs import kl_estimate, token_logprobs
 
 N, D, V = 37, 16, 101
@@ -52,6 +53,52 @@ def test_values_and_gradients_equal_those_of_full_logits(chunk_rows, temperature
     for a, b in zip((*chunked, *got), (*full, *expected), strict=True):
         # oneDNN's product and the sum over chunks are each rounded, where addmm rounds once.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5)
+
+
+def gradients(monkeypatch, kept_chunks, *, again=False):
+    """Of all leaves, and how often the logits of a chunk were computed."""
+    hidden, weight, bias, targets = inputs()
+    computed = []
+    logits = module._logits
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "KEPT_LOGITS_BYTES", kept_chunks * 8 * V * 4)
+        patch.setattr(module, "_logits", lambda *given: computed.append(1) or logits(*given))
+        loss = weigh(*token_logprobs(hidden, weight, targets, chunk_rows=8, bias=bias))
+        if again:
+            torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+            computed.clear()
+        return torch.autograd.grad(loss, (hidden, weight, bias)), len(computed)
+
+
+def test_chunks_that_are_kept_are_not_computed_again_and_change_no_bit(monkeypatch):
+    """Five chunks, the last of five rows."""
+    none, computed = gradients(monkeypatch, 0)
+    assert computed == 5 + 5
+    for kept, again in ((1, 4), (4, 1), (5, 0), (99, 0)):
+        some, computed = gradients(monkeypatch, kept)
+        assert computed == 5 + again
+        assert all(torch.equal(a, b) for a, b in zip(none, some, strict=True))
+
+
+def test_a_second_backward_pass_computes_them_again(monkeypatch):
+    once, _ = gradients(monkeypatch, 0)
+    twice, computed = gradients(monkeypatch, 99, again=True)
+    assert computed == 5
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_without_a_gradient_nothing_is_kept(monkeypatch):
+    to_keep = []
+    apply = module._TokenLogprobs.apply
+    monkeypatch.setattr(
+        module._TokenLogprobs, "apply", lambda *given: to_keep.append(given[-1]) or apply(*given)
+    )
+    hidden, weight, _, targets = inputs()
+    token_logprobs(hidden, weight, targets)
+    token_logprobs(hidden.detach(), weight.detach(), targets)
+    with torch.no_grad():
+        token_logprobs(hidden, weight, targets)
+    assert to_keep == [module.KEPT_LOGITS_BYTES, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])

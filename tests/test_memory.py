@@ -214,6 +214,20 @@ def test_logits_are_of_the_rows_of_a_chunk(load: Any) -> None:
     assert learner(load, **{"learner.logprob_chunk_rows": 16}).host["logits"] == 2 * few
 
 
+def test_whole_chunks_of_log_probabilities_are_kept_within_a_bound(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = LARGE.vocabulary * 4
+
+    def kept(num_rows: float) -> float:
+        monkeypatch.setattr(memory, "KEPT_LOGITS_BYTES", int(num_rows * row))
+        return (
+            learner(load, **{"learner.logprob_chunk_rows": 8}).host["log-probabilities kept"] / row
+        )
+
+    assert [kept(7.5), kept(8), kept(17), kept(10**6)] == [0, 8, 16, 64]
+
+
 def test_on_a_gpu_the_undo_copy_and_what_is_offloaded_are_the_machines(load: Any) -> None:
     on_gpu = learner(load, device="cuda")
     assert "gradients and AdamW" in on_gpu.device

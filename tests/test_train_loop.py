@@ -93,8 +93,9 @@ class FakeRun:
         self._note("evaluate")
         return {"evaluation/win_rate": 0.5}
 
-    def spent(self, role: str, seconds: float) -> float:
-        return seconds
+    @property
+    def meter(self) -> SimpleNamespace:
+        return SimpleNamespace(spent=lambda activity, seconds: seconds)
 
     def log(self, metrics: dict[str, float]) -> None:
         self._note("log")
