@@ -46,10 +46,9 @@ SERIES: dict[str, list[tuple[float, Point]]] = {
 }
 
 
-def measure(point: Point, folder: Path, steps: int) -> Measured:
-    shape = SHAPES[point.shape]
-    model = work.write_model(folder / f"fixed-{point.shape}", shape, natural=False)
-    changes: dict[str, Any] = {
+def changes_of(point: Point, steps: int) -> dict[str, Any]:
+    """To the benchmarks' config."""
+    return {
         "batch_size": point.batch,
         "sampling.max_tokens": point.length,
         "generators.max_model_len": point.length + 32,
@@ -57,11 +56,15 @@ def measure(point: Point, folder: Path, steps: int) -> Measured:
         "generators.kv_cache_bytes": 1 << (28 if point.shape == "tiny" else 29),
         "learner.ranks": point.ranks,
         "max_staleness": 0,
-        "too_little_memory": "warn",  # the estimate counts checkpoints, and none is written
+        "too_little_memory": "warn",  # the largest may be a little over it
         "num_steps": WARM_UP + steps + 1,
     }
+
+
+def measure(point: Point, folder: Path, steps: int) -> Measured:
+    model = work.write_model(folder / f"fixed-{point.shape}", SHAPES[point.shape], natural=False)
     found = Measured()
-    train(folder, model, changes, found)
+    train(folder, model, changes_of(point, steps), found)
     return found
 
 

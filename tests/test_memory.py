@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, work
+from benchmarks import end_to_end, growth, work
 from cluster import memory
 from cluster.config import RunConfig, load_config
 from cluster.memory import Need, activation_bytes, cache_needed, microbatches, needs
@@ -20,6 +20,7 @@ from tests import tiny
 
 FORKED = Path(work.ROOT, "benchmarks/results/end_to_end.txt")
 OWN_PROCESSES = Path(work.ROOT, "benchmarks/results/end_to_end_amx.txt")
+GROWN = Path(work.ROOT, "benchmarks/results/growth.txt")
 FUNCTION = {"kind": "function", "function": "examples.arithmetic.rewards:exact_answer"}
 SHAPE = Shape(64, 4, 256, 4, 2, 16, vocabulary=1000, tied=True)
 LARGE = Shape(4096, 32, 14336, 32, 8, 128, vocabulary=128256, tied=False)
@@ -84,7 +85,8 @@ def test_every_network_of_a_run_is_read_from_its_own_folder(
 def test_the_estimate_is_what_the_benchmarks_runs_took(tmp_path: Path, name: str) -> None:
     columns = ["s/step", "tokens/s", "share", "wait s", "update s", "GB", "first step s"]
     measured = gigabytes(OWN_PROCESSES, name, columns)
-    assert estimate_of(tmp_path, name) == pytest.approx(measured, rel=0.1)
+    found = estimate_of(tmp_path, work.TINY, end_to_end.VARIANTS[name])
+    assert found == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("name", end_to_end.VARIANTS)
@@ -93,7 +95,17 @@ def test_it_is_a_little_more_where_workers_share_what_they_imported(
 ) -> None:
     columns = ["s/step", "tokens/s", "share", "tuned", "wait s", "update s", "idle", "stolen", "GB"]
     measured = gigabytes(FORKED, name, columns)
-    assert measured < estimate_of(tmp_path, name) < 1.25 * measured
+    found = estimate_of(tmp_path, work.TINY, end_to_end.VARIANTS[name])
+    assert measured < found < 1.25 * measured
+
+
+@pytest.mark.parametrize("name", growth.SHAPES)
+def test_it_grows_with_the_model_as_a_run_does(tmp_path: Path, name: str) -> None:
+    row = f"model {growth.PARAMETERS[name]:,.0f}"
+    measured = gigabytes(GROWN, row, ["s/step", "tokens/s", "GB"])
+    point = replace(growth.MODEL_BATCH, shape=name)
+    found = estimate_of(tmp_path, growth.SHAPES[name], growth.changes_of(point, point.steps))
+    assert found == pytest.approx(measured, rel=0.1)
 
 
 def gigabytes(results: Path, name: str, columns: list[str]) -> float:
@@ -101,17 +113,14 @@ def gigabytes(results: Path, name: str, columns: list[str]) -> float:
     return float(lines[0].removeprefix(name).split()[columns.index("GB")])
 
 
-def estimate_of(tmp_path: Path, name: str) -> float:
+def estimate_of(tmp_path: Path, size: work.Shape, changes: dict[str, Any]) -> float:
     """Gigabytes."""
-    size = work.TINY
     shape = Shape(
         *(size.hidden, size.layers, size.mlp, size.heads, size.heads, size.hidden // size.heads),
         vocabulary=size.vocabulary,
         tied=size.tied,
     )
-    config = RunConfig.model_validate(
-        work.config(tmp_path, "x", tmp_path, **end_to_end.VARIANTS[name])
-    )
+    config = RunConfig.model_validate(work.config(tmp_path, "x", tmp_path, **changes))
     found = needs(config, all_of(shape), work.PROMPT_TOKENS + config.sampling.max_tokens)
     return sum(need.count * need.host_bytes for need in found) / 1e9
 
