@@ -39,8 +39,8 @@ CPU_ENGINE_ENV = ENGINE_ENV | {
 def import_vllm() -> None:
     """Import the engine, and on CPU what vLLM would only import when it makes one."""
     logging.getLogger("vllm").addHandler(logging.NullHandler())
-    _set_num_threads()
     with fast_import():
+        _set_num_threads()
         import vllm.v1.engine.llm_engine
         from vllm.platforms import current_platform
 

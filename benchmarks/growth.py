@@ -12,7 +12,6 @@ the same is named in its row, and the exponent is that of the others.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,20 +60,19 @@ def changes_of(point: Point, steps: int) -> dict[str, Any]:
     }
 
 
-def measure(point: Point, folder: Path, steps: int) -> Measured:
-    model = work.write_model(folder / f"fixed-{point.shape}", SHAPES[point.shape], natural=False)
-    found = Measured()
-    train(folder, model, changes_of(point, steps), found)
-    return found
-
-
-def measure_if_it_runs(point: Point, options: Any) -> Measured | None:
+def measure(point: Point, options: Any) -> Measured | None:
     """None: the run failed, and why was printed. The others are worth having."""
+    model = work.write_model(
+        options.folder / f"fixed-{point.shape}", SHAPES[point.shape], natural=False
+    )
+    found = Measured()
     try:
-        return measure(point, options.folder, 1 if options.quick else point.steps)
+        steps = 1 if options.quick else point.steps
+        train(options.folder, model, changes_of(point, steps), found)
     except (RuntimeError, TimeoutError) as error:
         print(f"{point}: {error}", flush=True)
         return None
+    return found
 
 
 def main() -> None:
@@ -90,7 +88,7 @@ def main() -> None:
         rows, sizes, seconds = [], [], []
         for value, point in points:
             if point not in known:
-                known[point] = measure_if_it_runs(point, options)
+                known[point] = measure(point, options)
             found = known[point]
             if found is None:
                 rows.append([f"{name} {value:,.0f}", "failed", "-", "-"])

@@ -28,6 +28,7 @@ FEW = 16
 ROWS_AT_ONCE = 8192  # of a matrix that products are added to
 
 
+@functools.cache
 def has_onednn() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from actors import weight_delta, weight_update
 from actors.weight_update import WeightUpdate, verify
-from learner import weight_publisher
+from learner import weight_writer
 from learner.learner_spec import probe_ids
 from tests.learner_cases import (
     Case,
@@ -127,8 +127,8 @@ def beside(tmp_path_factory):
     """One rank again, as with large weights: many buckets, written while the probe is answered."""
     folder = tmp_path_factory.mktemp("segments")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_publisher, "OVERLAP_BYTES", 0)
-        patch.setattr(weight_publisher, "PIECE_BYTES", 4096)
+        patch.setattr(weight_writer, "OVERLAP_BYTES", 0)
+        patch.setattr(weight_writer, "PIECE_BYTES", 4096)
         patch.setattr(weight_update, "BUCKET_BYTES", 20_480)
         run = {
             (name, where): published(0, None, one, folder, name if where else None)

@@ -1,0 +1,191 @@
+"""Writes the policy's weights into an image of them, and digests what it wrote.
+
+Bytes are digested right behind the write, while the cache still has them. Several ranks write parts
+of every bucket, so they digest when all have written, each its share of the buckets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from actors.weight_update import ITEM_BYTES, Probe, TensorSpec, WeightLayout, digest_bucket
+
+# From here on the probe is answered beside the writing; with less, the interpreter's lock, which the
+# two threads then pass to and fro, costs more than that saves.
+OVERLAP_BYTES = 64 << 20
+PIECE_BYTES = 256 << 10  # written, then digested while the core's own cache has it
+DEVICE_PIECE_BYTES = 8 << 20  # each of them is a transfer
+
+
+@dataclass(frozen=True)
+class Written:
+    digests: tuple[str, ...]  # on rank 0
+    write_s: float
+    probe: Probe
+    probe_s: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Numbers of this rank that lie together in the image, in its order. Taken anew each time: a
+    checkpoint or an optimizer may have replaced the parameter's storage."""
+
+    parameter: Tensor
+    start: int  # bytes
+    end: int
+
+    def numbers(self) -> Tensor:
+        local = self.parameter.detach()
+        local = local.to_local() if isinstance(local, DTensor) else local
+        return local.reshape(-1)
+
+
+class WeightWriter:
+    """One per rank, its making and `write` are collectives."""
+
+    def __init__(
+        self, layout: WeightLayout, parameters: Sequence[Tensor], dtype: str, *, mapped: bool
+    ) -> None:
+        """`parameters`: of the layout's tensors, in their order. `mapped`: every rank has the image in
+        its memory; else only rank 0 has."""
+        self._layout = layout
+        self._parameters = parameters
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._item = ITEM_BYTES[dtype]
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._mapped = mapped
+        # A collective too, so here and not when the first version is written.
+        self._runs = list(self._local_runs()) if mapped or self._world_size == 1 else []
+
+    def write(self, image: np.ndarray, ask_probe: Callable[[], Probe]) -> Written:
+        """The weights as they are into `image` (uint8 [total_bytes]). `ask_probe` (a collective of its
+        own) answers the probe from them, meanwhile if the ranks allow it."""
+        if self._world_size == 1 and self._layout.total_bytes >= OVERLAP_BYTES:
+            return self._write_beside(image, ask_probe)
+        write = self._write_alone if self._world_size == 1 else self._write_together
+        digests, write_s = timed(write, image)
+        return Written(digests, write_s, *timed(ask_probe))
+
+    def _write_beside(self, image: np.ndarray, ask_probe: Callable[[], Probe]) -> Written:
+        """By a thread, while this one answers the probe and then helps: no rank waits for another, so the
+        two need not wait for each other."""
+        started, buckets = time.perf_counter(), self._layout.buckets
+        with ThreadPoolExecutor(1) as writer:
+            writing = [writer.submit(self._write_bucket, image, bucket) for bucket in buckets]
+            probe, probe_s = timed(ask_probe)
+            last_first = range(len(buckets) - 1, -1, -1)
+            mine = {
+                i: self._write_bucket(image, buckets[i]) for i in last_first if writing[i].cancel()
+            }
+            digests = tuple(mine.get(i) or future.result() for i, future in enumerate(writing))
+        return Written(digests, time.perf_counter() - started, probe, probe_s)
+
+    def _write_alone(self, image: np.ndarray) -> tuple[str, ...]:
+        return tuple(self._write_bucket(image, bucket) for bucket in self._layout.buckets)
+
+    def _write_bucket(self, image: np.ndarray, bucket: tuple[int, int]) -> str:
+        """All of it by this rank; its digest."""
+        start, end = bucket
+        digest, digested = xxhash.xxh3_128(), start
+        for run in self._runs:
+            for written in self._copy(run, image, max(run.start, start), min(run.end, end)):
+                if written - digested >= PIECE_BYTES:
+                    digest.update(image[digested:written].data)
+                    digested = written
+        digest.update(image[digested:end].data)
+        return digest.hexdigest()
+
+    def _write_together(self, image: np.ndarray) -> tuple[str, ...]:
+        """Every rank its shards and its share of the digests; all digests on rank 0."""
+        if not self._mapped:
+            self._gather(image)
+            return self._digests(image, range(len(self._layout.buckets))) if self._rank == 0 else ()
+        for run in self._runs:
+            for _ in self._copy(run, image, run.start, run.end):
+                pass
+        dist.barrier()  # every shard is in place before the bytes are digested
+        num_buckets = len(self._layout.buckets)
+        mine = self._digests(image, range(self._rank, num_buckets, self._world_size))
+        if num_buckets == 1:
+            return mine
+        everyone: list[Any] = [None] * self._world_size
+        dist.gather_object(mine, everyone if self._rank == 0 else None)
+        if self._rank != 0:
+            return ()
+        return tuple(
+            everyone[i % self._world_size][i // self._world_size] for i in range(num_buckets)
+        )
+
+    def _digests(self, image: np.ndarray, buckets: range) -> tuple[str, ...]:
+        return tuple(digest_bucket(image, self._layout.buckets[i]) for i in buckets)
+
+    def _copy(self, run: _Run, image: np.ndarray, start: int, end: int) -> Iterator[int]:
+        """Bytes [start, end) of the image, which lie within the run or are none, piece by piece: where
+        each ends, once it is written."""
+        if start >= end:
+            return
+        numbers = run.numbers()
+        on_cpu = numbers.device.type == "cpu"
+        as_they_are = numbers.dtype == self._dtype and on_cpu
+        raw = numbers.view(torch.uint8).numpy() if as_they_are else None
+        piece = PIECE_BYTES if on_cpu else DEVICE_PIECE_BYTES
+        for first in range(start, end, piece):
+            last = min(first + piece, end)
+            source = slice(first - run.start, last - run.start)
+            if raw is not None:  # at half the cost of torch's copy
+                np.copyto(image[first:last], raw[source])
+            else:
+                part = numbers[source.start // self._item : source.stop // self._item]
+                torch.from_numpy(image[first:last]).view(self._dtype).copy_(part)
+            yield last
+
+    def _gather(self, image: np.ndarray) -> None:
+        target = torch.from_numpy(image).view(self._dtype) if self._rank == 0 else None
+        for spec, parameter in zip(self._layout.tensors, self._parameters, strict=True):
+            # Cast before the gather: half the bytes, and a copy, never an alias of the live weights.
+            full = parameter.detach().to(self._dtype)
+            full = full.full_tensor() if isinstance(full, DTensor) else full
+            if target is not None:
+                start = spec.offset // self._item
+                target[start : start + full.numel()].copy_(full.reshape(-1))
+
+    def _local_runs(self) -> Iterator[_Run]:
+        """What this rank holds, in the order of the image."""
+        by_offset = sorted(
+            zip(self._layout.tensors, self._parameters, strict=True),
+            key=lambda pair: pair[0].offset,
+        )
+        for spec, parameter in by_offset:
+            start, num_bytes = _share(spec, parameter, self._item)
+            if num_bytes:
+                yield _Run(parameter, start, start + num_bytes)
+
+
+def _share(spec: TensorSpec, parameter: Tensor, item: int) -> tuple[int, int]:
+    """Where this rank's share of a tensor lies in the image, and its bytes: shards are of whole rows."""
+    if not isinstance(parameter, DTensor):
+        return spec.offset, parameter.numel() * item
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    row = parameter.shape[1:].numel() * item
+    first = offset[0] * row if offset else 0
+    return spec.offset + first, torch.Size(shape).numel() * item
+
+
+def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """What it returns, and the seconds it took."""
+    started = time.perf_counter()
+    return function(*args), time.perf_counter() - started
