@@ -12,9 +12,16 @@ from actors.config import GeneratorsConfig
 from actors.weight_update import PUSH_THREADS
 from reward_service.fast_import import fast_import
 
-# Huge pages for what is allocated; and one arena, for a thread's own one gives its memory back, and takes
-# it again page by page. Read when a process begins, so forked roles have it from the fork server: the same.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+# Huge pages for what is allocated; one arena, for a thread's own one gives its memory back, and takes it
+# again page by page; and copies from half a megabyte on go past the caches, so that a weight push is written
+# a third faster. Read when a process begins, so forked roles have it from the fork server: the same.
+MALLOC = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.arena_max=1",
+        "glibc.cpu.x86_non_temporal_threshold=0x80000",
+    )
+)
 # The environment of a process that runs an engine. Must be set before torch is imported.
 ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: its death is the actor's

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from actors.onednn import has_onednn, product
 from actors.weight_update import TensorSpec, WeightLayout
 
 Kind = Literal["linear", "head", "table", "vector"]
@@ -92,10 +93,7 @@ def _renew_shared(place: Place, weights: torch.Tensor) -> None:
 def _plain_linear(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """x, weight, bias -> x @ weight.T + bias on weights as they are. For float32, oneDNN's, which is
     twice as fast on few rows as the library that torch takes; for the others torch takes oneDNN."""
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if onednn is None or dtype != torch.float32:
-        return torch.nn.functional.linear
-    return lambda x, weight, bias=None: onednn(x, weight, bias, "none", [], "")
+    return product if dtype == torch.float32 and has_onednn() else torch.nn.functional.linear
 
 
 # ---- the plan

@@ -6,6 +6,9 @@ For layers of a small and of a 0.5B model, the three products of a linear layer 
 microbatch has: forward, the gradient of what came in, the gradient of the weights. Each pair in turn;
 times: torch's seconds over oneDNN's, medians of 7. raylign's learner takes oneDNN's where the processor
 is AMD's (learner/linear.py).
+
+Then few tokens, as in a probe, through the matrices of a model that no cache holds: oneDNN's with the
+matrix on the right, as torch has it, and on the left (actors/onednn.py), which raylign takes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from benchmarks import work
 
 SHAPES = ((256, 512), (512, 256), (896, 4864), (4864, 896))
 TOKENS, OPERATIONS = 2048, 4e9
+FEW_SHAPES = ((768, 2304), (768, 768), (768, 4096), (2048, 768)) * 8  # 227 MB
+FEW_TOKENS = (1, 4, 8, 16, 32)
 
 
 def pairs(k: int, n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
@@ -35,6 +40,36 @@ def pairs(k: int, n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any
         "inputs' gradient": (lambda: gradient @ weight, lambda: onednn(gradient, weight.t())),
         "weights' gradient": (lambda: gradient.t() @ x, lambda: onednn(gradient.t(), x.t())),
     }
+
+
+def few_rows(repetitions: int) -> dict[int, tuple[float, float]]:
+    """Number of tokens -> torch's seconds over oneDNN's, the matrix on the right and on the left."""
+    import torch
+
+    from actors.onednn import product
+
+    matrices = [torch.randn(n, k) for k, n in FEW_SHAPES]
+    found = {}
+    for tokens in FEW_TOKENS:
+        given = {k: torch.randn(tokens, k) for k, _ in FEW_SHAPES}
+
+        def through(one: Callable[[Any, Any], Any], given: Any = given) -> Callable[[], Any]:
+            return lambda: [one(given[matrix.shape[1]], matrix) for matrix in matrices]
+
+        ways = [
+            through(one)
+            for one in (
+                torch.nn.functional.linear,
+                lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+                product,
+            )
+        ]
+        for way in ways:
+            way()
+        taken = [[seconds(way, 1) for way in ways] for _ in range(repetitions)]
+        plain, right, left = (work.median(column) for column in zip(*taken, strict=True))
+        found[tokens] = plain / right, plain / left
+    return found
 
 
 def seconds(product: Callable[[], Any], repetitions: int) -> float:
@@ -68,7 +103,16 @@ def main() -> None:
         times += row
         rows.append([f"{TOKENS} tokens, {k} to {n}", *row])
     work.table(["torch's seconds over oneDNN's", *pairs(8, 8)], rows)
-    work.result(times_torch=work.median(times), times_torch_least=min(times))
+    few = few_rows(3 if options.quick else 7)
+    work.table(
+        ["torch's seconds over oneDNN's", "matrix right", "matrix left"],
+        [[f"{tokens} tokens", *times] for tokens, times in few.items()],
+    )
+    work.result(
+        times_torch=work.median(times),
+        times_torch_least=min(times),
+        **{f"times_torch_{tokens}_tokens": left for tokens, (_, left) in few.items()},
+    )
 
 
 if __name__ == "__main__":

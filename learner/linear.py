@@ -1,13 +1,14 @@
 """Products of float32 matrices on processors for which torch takes the slower of its two libraries.
 
-On CPU torch multiplies float32 by MKL, which does less than half of what an AMD processor can; oneDNN,
-which torch holds for other dtypes, does all of it (benchmarks/linear.py). Both compute in float32. The
-processor decides, never a measurement: a run that goes on multiplies as it did before.
+On CPU torch multiplies float32 by MKL, which does less than half of what an AMD processor with AVX-512
+can; oneDNN, which torch holds for other dtypes, does all of it (benchmarks/linear.py). On one without it,
+and on Intel's, MKL is the faster. Both compute in float32. The processor decides, never a measurement: a
+run that goes on multiplies as it did before.
 
 oneDNN writes a program for each shape that it meets, which takes half a megabyte and as long as a product
 of some hundred tokens. So tokens come in multiples of ROWS (packing.PackedRows fills them up), and a
 product over another number of them stays torch's own. But the FEW of a probe, whose time goes into reading
-the matrix, are oneDNN's on every processor: MKL takes half as long again.
+the matrix, are oneDNN's on every processor: MKL takes twice as long.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from actors.onednn import has_onednn, product
+
 SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
 CPUINFO = Path("/proc/cpuinfo")
 ROWS = 32
@@ -29,16 +32,12 @@ ROWS_AT_ONCE = 8192  # of a matrix that products are added to
 
 
 @functools.cache
-def has_onednn() -> bool:
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@functools.cache
 def takes_onednn() -> bool:
     """Whether products over many tokens are oneDNN's here."""
     if not has_onednn() or not CPUINFO.exists():
         return False
-    return any(vendor in CPUINFO.read_text() for vendor in SLOW_WITH_MKL)
+    told = CPUINFO.read_text()
+    return "avx512f" in told and any(vendor in told for vendor in SLOW_WITH_MKL)
 
 
 def row_multiple(device: torch.device, dtype: str) -> int:
@@ -50,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., k] @ weight [n,k].T + bias [n], for the inside of a Function: autograd does not see it."""
     if not _fits(x, x.shape[:-1].numel()):
         return F.linear(x, weight, bias)
-    return _product(x, weight, bias)
+    return product(x, weight, bias)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -62,7 +61,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         for some, rows in zip(total.split(ROWS_AT_ONCE), a.split(ROWS_AT_ONCE), strict=True):
-            some += _product(rows, b.t())
+            some += product(rows, b.t())
 
 
 class Linear(nn.Linear):
@@ -86,7 +85,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -95,8 +94,8 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, weight.shape[0]).contiguous()
         return (
-            _product(rows, weight.t()).view_as(x) if need_x else None,
-            _product(rows.t(), x.reshape(-1, weight.shape[1]).t()) if need_weight else None,
+            product(rows, weight.t()).view_as(x) if need_x else None,
+            product(rows.t(), x.reshape(-1, weight.shape[1]).t()) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )
 
@@ -106,7 +105,3 @@ def _fits(x: Tensor, tokens: int) -> bool:
     if not on_cpu or tokens == 0 or not has_onednn():
         return False
     return tokens <= FEW or (tokens % ROWS == 0 and takes_onednn())
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

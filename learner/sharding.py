@@ -119,11 +119,17 @@ def unsharded(model: Any) -> Any:
     hooks would copy twice for every pass. The parameters are shared; no gradient is kept."""
     kind = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
     plain: Any = object.__new__(kind)
-    plain.__dict__ = dict(model.__dict__)
-    plain._forward_pre_hooks, plain._forward_hooks = OrderedDict(), OrderedDict()
-    plain._parameters = {
+    parameters = {
         name: nn.Parameter(p.to_local(), requires_grad=False) if isinstance(p, DTensor) else p
         for name, p in model._parameters.items()
     }
-    plain._modules = {name: child and unsharded(child) for name, child in model._modules.items()}
+    modules = {name: child and unsharded(child) for name, child in model._modules.items()}
+    # Not by attribute: a module looks each of them over, for longer than a small model computes.
+    vars(plain).update(
+        vars(model),
+        _forward_pre_hooks=OrderedDict(),
+        _forward_hooks=OrderedDict(),
+        _parameters=parameters,
+        _modules=modules,
+    )
     return plain

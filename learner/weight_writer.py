@@ -1,7 +1,8 @@
-"""Writes the policy's weights into an image of them, and digests what it wrote.
+"""Writes the policy's weights into an image of them, and digests them.
 
-Bytes are digested right behind the write, while the cache still has them. Several ranks write parts
-of every bucket, so they digest when all have written, each its share of the buckets.
+One rank alone digests each piece while the cache has it: the live bytes, or what it has cast or fetched
+from a device. Several ranks write parts of every bucket, so they
+digest when all have written, each its share of the buckets.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from actors.weight_update import ITEM_BYTES, Probe, TensorSpec, WeightLayout, digest_bucket
+from actors.weight_update import (
+    ALIGNMENT,
+    ITEM_BYTES,
+    Probe,
+    TensorSpec,
+    WeightLayout,
+    digest_bucket,
+)
 
 # From here on the probe is answered beside the writing; with less, the interpreter's lock, which the
 # two threads then pass to and fro, costs more than that saves.
 OVERLAP_BYTES = 64 << 20
-PIECE_BYTES = 256 << 10  # written, then digested while the core's own cache has it
+# Large, for two threads that often ask for the interpreter's lock hold each other up; and a copy goes past
+# the caches (actors/vllm_engine.MALLOC), which hold the piece that was just digested.
+PIECE_BYTES = 4 << 20
 DEVICE_PIECE_BYTES = 8 << 20  # each of them is a transfer
 
 
@@ -47,9 +57,12 @@ class _Run:
     end: int
 
     def numbers(self) -> Tensor:
-        local = self.parameter.detach()
-        local = local.to_local() if isinstance(local, DTensor) else local
-        return local.reshape(-1)
+        with (
+            torch.no_grad()
+        ):  # and not detach(), which a DTensor takes longer over than a copy takes
+            local = self.parameter
+            local = local.to_local() if isinstance(local, DTensor) else local
+            return local.reshape(-1)
 
 
 class WeightWriter:
@@ -100,10 +113,12 @@ class WeightWriter:
         start, end = bucket
         digest, digested = xxhash.xxh3_128(), start
         for run in self._runs:
-            for written in self._copy(run, image, max(run.start, start), min(run.end, end)):
-                if written - digested >= PIECE_BYTES:
-                    digest.update(image[digested:written].data)
-                    digested = written
+            for first, last, same in self._copy(
+                run, image, max(run.start, start), min(run.end, end)
+            ):
+                digest.update(image[digested:first].data)  # what aligns tensors
+                digest.update(same.data)
+                digested = last
         digest.update(image[digested:end].data)
         return digest.hexdigest()
 
@@ -131,25 +146,30 @@ class WeightWriter:
     def _digests(self, image: np.ndarray, buckets: range) -> tuple[str, ...]:
         return tuple(digest_bucket(image, self._layout.buckets[i]) for i in buckets)
 
-    def _copy(self, run: _Run, image: np.ndarray, start: int, end: int) -> Iterator[int]:
-        """Bytes [start, end) of the image, which lie within the run or are none, piece by piece: where
-        each ends, once it is written."""
+    def _copy(
+        self, run: _Run, image: np.ndarray, start: int, end: int
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Bytes [start, end) of the image, which lie within the run or are none, piece by piece: [first,
+        last) of each once it is written, with the same bytes where the cache has them."""
         if start >= end:
             return
         numbers = run.numbers()
         on_cpu = numbers.device.type == "cpu"
         as_they_are = numbers.dtype == self._dtype and on_cpu
-        raw = numbers.view(torch.uint8).numpy() if as_they_are else None
-        piece = PIECE_BYTES if on_cpu else DEVICE_PIECE_BYTES
-        for first in range(start, end, piece):
-            last = min(first + piece, end)
+        live = numbers.view(torch.uint8).numpy() if as_they_are else None
+        size = PIECE_BYTES if on_cpu else DEVICE_PIECE_BYTES
+        # Of one size, for a small rest would be copied through the caches.
+        size = -(-(end - start) // -(-(end - start) // size) // ALIGNMENT) * ALIGNMENT
+        for first in range(start, end, size):
+            last = min(first + size, end)
             source = slice(first - run.start, last - run.start)
-            if raw is not None:  # at half the cost of torch's copy
-                np.copyto(image[first:last], raw[source])
+            if live is not None:  # at half the cost of torch's copy
+                np.copyto(image[first:last], live[source])
+                yield first, last, live[source]
             else:
                 part = numbers[source.start // self._item : source.stop // self._item]
                 torch.from_numpy(image[first:last]).view(self._dtype).copy_(part)
-            yield last
+                yield first, last, image[first:last]
 
     def _gather(self, image: np.ndarray) -> None:
         target = torch.from_numpy(image).view(self._dtype) if self._rank == 0 else None

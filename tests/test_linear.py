@@ -84,8 +84,8 @@ def test_only_few_tokens_or_multiples_of_rows_are_onednn_s(
     onednn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    product = products._product
-    monkeypatch.setattr(products, "_product", lambda x, *rest: taken.append(x) or product(x, *rest))
+    product = products.product
+    monkeypatch.setattr(products, "product", lambda x, *rest: taken.append(x) or product(x, *rest))
     weight = torch.randn(8, 4)
     for tokens in (1, 16, 17, 31, 32, 33, 128):
         linear(torch.randn(tokens, 4), weight)
@@ -101,17 +101,24 @@ def test_other_dtypes_are_torch_s_own(onednn: None) -> None:
     assert torch.equal(linear(x, weight), nn.functional.linear(x, weight))
 
 
-@pytest.mark.parametrize(("vendor", "fast"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("AuthenticAMD", "avx2", False),
+        ("AuthenticAMD", "avx2 avx512f", True),
+    ],
+)
 def test_the_processor_decides_on_many_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, fast: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str, fast: bool
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n")
     monkeypatch.setattr(products, "CPUINFO", cpuinfo)
     products.takes_onednn.cache_clear()
     taken = []
-    product = products._product
-    monkeypatch.setattr(products, "_product", lambda x, *rest: taken.append(x) or product(x, *rest))
+    product = products.product
+    monkeypatch.setattr(products, "product", lambda x, *rest: taken.append(x) or product(x, *rest))
     _, layer = both(bias=True)
     layer(torch.randn(1, 8, 48))  # a probe
     assert len(taken) == 1

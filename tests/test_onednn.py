@@ -1,0 +1,38 @@
+"""Products of float32 by oneDNN: torch's own numbers, on whichever side the matrix is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from actors.onednn import FEW_ROWS, product
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 8, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("leading", [(), (1,)])
+def test_a_product_is_torch_s_own(leading: tuple[int, ...], rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(*leading, rows, 48), torch.randn(33, 48)
+    b = torch.randn(33) if bias else None
+    answer = product(x, weight, b)
+    assert answer.is_contiguous()
+    torch.testing.assert_close(answer, F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_row_needs_no_other() -> None:
+    x, weight = torch.randn(48), torch.randn(33, 48)
+    torch.testing.assert_close(product(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_a_transposed_matrix_is_taken_as_it_lies() -> None:
+    x, weight = torch.randn(8, 33), torch.randn(33, 48).t()
+    torch.testing.assert_close(product(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_that_was_given_is_changed() -> None:
+    x, weight, bias = torch.randn(8, 48), torch.randn(33, 48), torch.randn(33)
+    before = [given.clone() for given in (x, weight, bias)]
+    product(x, weight, bias)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, bias), strict=True))
