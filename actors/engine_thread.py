@@ -175,10 +175,11 @@ class EngineThread:
         started = time.perf_counter()
         proved, self._proved = self._proved, None
         try:
-            with all_cores():
-                spent: dict[str, float] = self._engine.collective_rpc(
-                    "receive_weights", args=(update,)
-                )[0]
+            # Not by all cores: vLLM's products are wrong on matrices packed by another number of threads
+            # than the engine first met them with.
+            spent: dict[str, float] = self._engine.collective_rpc(
+                "receive_weights", args=(update,)
+            )[0]
         except NeedsAll as missing:
             self._proved = proved
             reject(NeedsAll(f"{self._name}: {missing}"))

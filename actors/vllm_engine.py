@@ -66,7 +66,8 @@ def _set_num_threads() -> Callable[[int], None]:
 
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
-    """What this thread computes on CPU is shared out among PUSH_THREADS meanwhile."""
+    """What this thread computes on CPU is shared out among PUSH_THREADS meanwhile. Not for what packs
+    weights (engine_thread.apply)."""
     import torch
 
     threads = torch.get_num_threads()
