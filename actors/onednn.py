@@ -1,14 +1,23 @@
-"""Products of float32 matrices by oneDNN, which torch holds for other dtypes, on CPU."""
+"""Products of float32 matrices on CPU by oneDNN, which torch holds but takes for other dtypes alone.
+
+For float32 torch takes MKL, which does less than half of what an AMD processor with AVX-512 can; oneDNN does
+all of it (benchmarks/linear.py). On one without AVX-512, and on Intel's, MKL is the faster over many tokens.
+Over few, where the time goes into reading the matrix, oneDNN is everywhere, if it reads it as it lies.
+The processor decides, never a measurement: a run that goes on multiplies as it did before.
+"""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# Up to here oneDNN is given the matrix as its left side, whose rows it reads as they lie. On the right
-# side it would put the whole matrix in another order first, which takes longer than so small a product.
+SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
+CPUINFO = Path("/proc/cpuinfo")
+# Up to here oneDNN is given the matrix as its left side, whose rows it reads in place. On the right side it
+# would put the whole matrix in another order first, which takes longer than so small a product.
 FEW_ROWS = 32
 
 
@@ -17,14 +26,31 @@ def has_onednn() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@functools.cache
+def takes_onednn() -> bool:
+    """Whether products over many tokens are oneDNN's here."""
+    if not has_onednn() or not CPUINFO.exists():
+        return False
+    told = CPUINFO.read_text()
+    return "avx512f" in told and any(vendor in told for vendor in SLOW_WITH_MKL)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., k] @ weight [n,k].T + bias [n], float32. Not for autograd, and only with `has_onednn`."""
+    """x [..., k] @ weight [n,k].T + bias [n], float32, by oneDNN. Not for autograd, and only with
+    `has_onednn`."""
     rows = x.shape[:-1].numel()
     if rows > FEW_ROWS or not weight.is_contiguous():
         return _linear(x, weight, bias)
     flipped = _linear(weight, x.reshape(rows, x.shape[-1]), None)
     out = flipped.t().contiguous().view(*x.shape[:-1], len(weight))
     return out if bias is None else out.add_(bias)
+
+
+def faster_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same, by oneDNN or MKL, whichever is the faster here. Not for autograd."""
+    if has_onednn() and (takes_onednn() or x.shape[:-1].numel() <= FEW_ROWS):
+        return product(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,14 +10,14 @@ is not understood for certain is not planned, and reloaded as before.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from actors.onednn import has_onednn, product
+from actors.onednn import faster_product
 from actors.weight_update import TensorSpec, WeightLayout
 
 Kind = Literal["linear", "head", "table", "vector"]
@@ -87,13 +87,8 @@ def _renew_shared(place: Place, weights: torch.Tensor) -> None:
     module: Any = place.module
     getattr(module, place.name).data = weights
     if place.kind != "vector":
-        module.cpu_linear = _plain_linear(weights.dtype)
-
-
-def _plain_linear(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """x, weight, bias -> x @ weight.T + bias on weights as they are. For float32, oneDNN's, which is
-    twice as fast on few rows as the library that torch takes; for the others torch takes oneDNN."""
-    return product if dtype == torch.float32 and has_onednn() else torch.nn.functional.linear
+        is_float = weights.dtype == torch.float32  # for the others torch itself takes oneDNN
+        module.cpu_linear = faster_product if is_float else torch.nn.functional.linear
 
 
 # ---- the plan

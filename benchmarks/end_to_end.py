@@ -11,8 +11,8 @@ run warm up and the last one is left out; each figure is the median over all oth
 ideal seconds a step = core-seconds of the raw parts / number of cores;
 share_of_ideal = ideal / measured. What a virtual machine's host takes of its cores (stolen) counts against
 raylign: the raw parts' core-seconds are without it. The raw parts are run as a person would start them, and
-once more with what raylign gives its processes, settings of malloc (huge pages) and, on an AMD processor,
-oneDNN's products (learner/linear.py): "share, tuned".
+once more with what raylign gives its processes, settings of malloc (huge pages) and, on an AMD processor
+with AVX-512, oneDNN's products (learner/linear.py): "share, tuned".
 """
 
 from __future__ import annotations

@@ -1,20 +1,13 @@
-"""Products of float32 matrices on processors for which torch takes the slower of its two libraries.
-
-On CPU torch multiplies float32 by MKL, which does less than half of what an AMD processor with AVX-512
-can; oneDNN, which torch holds for other dtypes, does all of it (benchmarks/linear.py). On one without it,
-and on Intel's, MKL is the faster. Both compute in float32. The processor decides, never a measurement: a
-run that goes on multiplies as it did before.
+"""Products of float32 matrices by oneDNN where it is the faster (actors/onednn.py), in both directions.
 
 oneDNN writes a program for each shape that it meets, which takes half a megabyte and as long as a product
 of some hundred tokens. So tokens come in multiples of ROWS (packing.PackedRows fills them up), and a
-product over another number of them stays torch's own. But the FEW of a probe, whose time goes into reading
-the matrix, are oneDNN's on every processor: MKL takes twice as long.
+product over another number of them stays torch's own. But the FEW of a probe are oneDNN's on every
+processor.
 """
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from actors.onednn import has_onednn, product
+from actors.onednn import has_onednn, product, takes_onednn
 
-SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
-CPUINFO = Path("/proc/cpuinfo")
 ROWS = 32
 FEW = 16
 ROWS_AT_ONCE = 8192  # of a matrix that products are added to
-
-
-@functools.cache
-def takes_onednn() -> bool:
-    """Whether products over many tokens are oneDNN's here."""
-    if not has_onednn() or not CPUINFO.exists():
-        return False
-    told = CPUINFO.read_text()
-    return "avx512f" in told and any(vendor in told for vendor in SLOW_WITH_MKL)
 
 
 def row_multiple(device: torch.device, dtype: str) -> int:

@@ -114,7 +114,7 @@ def test_the_processor_decides_on_many_tokens(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(products, "CPUINFO", cpuinfo)
+    monkeypatch.setattr("actors.onednn.CPUINFO", cpuinfo)
     products.takes_onednn.cache_clear()
     taken = []
     product = products.product

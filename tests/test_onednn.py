@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actors.onednn import FEW_ROWS, product
+from actors import onednn
+from actors.onednn import FEW_ROWS, faster_product, product
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,3 +37,21 @@ def test_nothing_that_was_given_is_changed() -> None:
     before = [given.clone() for given in (x, weight, bias)]
     product(x, weight, bias)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, bias), strict=True))
+
+
+@pytest.mark.parametrize("many_are_faster", [False, True])
+def test_the_processor_decides_on_many_rows(
+    monkeypatch: pytest.MonkeyPatch, many_are_faster: bool
+) -> None:
+    taken = []
+    monkeypatch.setattr(onednn, "takes_onednn", lambda: many_are_faster)
+    monkeypatch.setattr(
+        onednn, "product", lambda x, *rest: taken.append(len(x)) or product(x, *rest)
+    )
+    weight = torch.randn(33, 48)
+    for rows in (1, FEW_ROWS, FEW_ROWS + 1, 500):
+        x = torch.randn(rows, 48)
+        torch.testing.assert_close(
+            faster_product(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5
+        )
+    assert taken == [1, FEW_ROWS, *([FEW_ROWS + 1, 500] if many_are_faster else [])]
