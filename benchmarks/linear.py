@@ -4,8 +4,8 @@
 
 For layers of a small and of a 0.5B model, the three products of a linear layer on as many tokens as a
 microbatch has: forward, the gradient of what came in, the gradient of the weights. Each pair in turn;
-times: torch's seconds over oneDNN's, medians of 7. raylign's learner takes oneDNN's where the processor
-is AMD's (learner/linear.py).
+times: torch's seconds over oneDNN's, medians of 7. raylign takes oneDNN's where the processor is
+AMD's and has AVX-512 (actors/onednn.py).
 
 Then few tokens, as in a probe, through the matrices of a model that no cache holds: oneDNN's with the
 matrix on the right, as torch has it, and on the left (actors/onednn.py), which raylign takes.

@@ -1,8 +1,8 @@
 """Writes the policy's weights into an image of them, and digests them.
 
 One rank alone digests each piece while the cache has it: the live bytes, or what it has cast or fetched
-from a device. Several ranks write parts of every bucket, so they
-digest when all have written, each its share of the buckets.
+from a device. Several ranks write parts of every bucket, so they digest when all have written, each its
+share of the buckets.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ class _Run:
     end: int
 
     def numbers(self) -> Tensor:
-        with (
-            torch.no_grad()
-        ):  # and not detach(), which a DTensor takes longer over than a copy takes
+        # Not by detach(), over which a DTensor takes longer than a copy of many a tensor.
+        with torch.no_grad():
             local = self.parameter
             local = local.to_local() if isinstance(local, DTensor) else local
             return local.reshape(-1)
