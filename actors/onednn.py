@@ -1,4 +1,4 @@
-"""Products of float32 matrices on CPU by oneDNN, which torch holds but takes for other dtypes alone.
+"""Products on CPU by oneDNN for float32, too: torch holds it, but takes it for other dtypes alone.
 
 For float32 torch takes MKL, which does less than half of what an AMD processor with AVX-512 can; oneDNN does
 all of it (benchmarks/linear.py). On one without AVX-512, and on Intel's, MKL is the faster over many tokens.
@@ -47,8 +47,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def faster_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same, by oneDNN or MKL, whichever is the faster here. Not for autograd."""
-    if has_onednn() and (takes_onednn() or x.shape[:-1].numel() <= FEW_ROWS):
+    """The same, by oneDNN or MKL, whichever is the faster here; other dtypes are torch's own. Not for
+    autograd."""
+    few = x.shape[:-1].numel() <= FEW_ROWS
+    if x.dtype == torch.float32 and has_onednn() and (few or takes_onednn()):
         return product(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 

@@ -12,10 +12,11 @@ from actors.config import GeneratorsConfig
 from actors.weight_update import PUSH_THREADS
 from reward_service.fast_import import fast_import
 
-# Huge pages for what is allocated; one arena, for a thread's own one gives its memory back, and takes it
-# again page by page; and copies from half a megabyte on go past the caches, so that a weight push is written
-# a third faster. Read when a process begins, so forked roles have it from the fork server: the same.
-MALLOC = ":".join(
+# Settings of the C library. Huge pages for what is allocated; one arena, for a thread's own one gives its
+# memory back, and takes it again page by page; and copies from half a megabyte on go past the caches, so that
+# a weight push is written a third faster. Read when a process begins, so forked roles have it from the fork
+# server: the same.
+TUNABLES = ":".join(
     (
         "glibc.malloc.hugetlb=1",
         "glibc.malloc.arena_max=1",
@@ -39,7 +40,7 @@ ENGINE_ENV = {
 }
 CPU_ENGINE_ENV = ENGINE_ENV | {
     "TORCHDYNAMO_DISABLE": "1",  # compiles one tiny function, for seconds, on the first logprob
-    "GLIBC_TUNABLES": MALLOC,  # packing new weights is a third faster
+    "GLIBC_TUNABLES": TUNABLES,  # packing new weights is a third faster
 }
 
 

@@ -87,8 +87,7 @@ def _renew_shared(place: Place, weights: torch.Tensor) -> None:
     module: Any = place.module
     getattr(module, place.name).data = weights
     if place.kind != "vector":
-        is_float = weights.dtype == torch.float32  # for the others torch itself takes oneDNN
-        module.cpu_linear = faster_product if is_float else torch.nn.functional.linear
+        module.cpu_linear = faster_product
 
 
 # ---- the plan

@@ -11,8 +11,8 @@ run warm up and the last one is left out; each figure is the median over all oth
 ideal seconds a step = core-seconds of the raw parts / number of cores;
 share_of_ideal = ideal / measured. What a virtual machine's host takes of its cores (stolen) counts against
 raylign: the raw parts' core-seconds are without it. The raw parts are run as a person would start them, and
-once more with what raylign gives its processes, settings of malloc (huge pages) and, on an AMD processor
-with AVX-512, oneDNN's products (learner/linear.py): "share, tuned".
+once more with what raylign gives its processes, settings of the C library and, on an AMD processor with
+AVX-512, oneDNN's products (learner/linear.py): "share, tuned".
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import Any
 
 import yaml
 
-from actors.vllm_engine import MALLOC
+from actors.vllm_engine import TUNABLES
 from benchmarks import work
 from benchmarks.measure import watch
 
 WARM_UP = 2
 PARTS = ("generation", "forwards", "update")
-TUNED = {"GLIBC_TUNABLES": MALLOC}
+TUNED = {"GLIBC_TUNABLES": TUNABLES}
 LIMIT_S = 3600
 # One engine of 64 seats does the work of two of 32 in fewer steps; two end a synchronous wait sooner.
 SYNC = {"max_staleness": 0, "generators.count": 2, "learner.ranks": 2}

@@ -27,14 +27,16 @@ FEW_SHAPES = ((768, 2304), (768, 768), (768, 4096), (2048, 768)) * 8  # 227 MB
 FEW_TOKENS = (1, 4, 8, 16, 32)
 
 
+def onednn(a: Any, b: Any) -> Any:
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
 def pairs(k: int, n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     import torch
 
     x, gradient, weight = torch.randn(TOKENS, k), torch.randn(TOKENS, n), torch.randn(n, k)
-
-    def onednn(a: Any, b: Any) -> Any:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
     return {
         "forward": (lambda: x @ weight.t(), lambda: onednn(x, weight)),
         "inputs' gradient": (lambda: gradient @ weight, lambda: onednn(gradient, weight.t())),
@@ -42,34 +44,21 @@ def pairs(k: int, n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any
     }
 
 
-def few_rows(repetitions: int) -> dict[int, tuple[float, float]]:
-    """Number of tokens -> torch's seconds over oneDNN's, the matrix on the right and on the left."""
+def few_rows(tokens: int, matrices: list[Any], repetitions: int) -> tuple[float, float]:
+    """torch's seconds over oneDNN's, the matrix on the right and on the left."""
     import torch
 
     from actors.onednn import product
 
-    matrices = [torch.randn(n, k) for k, n in FEW_SHAPES]
-    found = {}
-    for tokens in FEW_TOKENS:
-        given = {k: torch.randn(tokens, k) for k, _ in FEW_SHAPES}
+    given = {k: torch.randn(tokens, k) for k, _ in FEW_SHAPES}
 
-        def through(one: Callable[[Any, Any], Any], given: Any = given) -> Callable[[], Any]:
-            return lambda: [one(given[matrix.shape[1]], matrix) for matrix in matrices]
+    def once(multiply: Callable[[Any, Any], Any]) -> float:
+        return seconds(lambda: [multiply(given[one.shape[1]], one) for one in matrices], 1)
 
-        ways = [
-            through(one)
-            for one in (
-                torch.nn.functional.linear,
-                lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-                product,
-            )
-        ]
-        for way in ways:
-            way()
-        taken = [[seconds(way, 1) for way in ways] for _ in range(repetitions)]
-        plain, right, left = (work.median(column) for column in zip(*taken, strict=True))
-        found[tokens] = plain / right, plain / left
-    return found
+    ways = (torch.nn.functional.linear, onednn, product)
+    rounds = [[once(way) for way in ways] for _ in range(1 + repetitions)]
+    plain, right, left = (work.median(column) for column in zip(*rounds[1:], strict=True))
+    return plain / right, plain / left
 
 
 def seconds(product: Callable[[], Any], repetitions: int) -> float:
@@ -103,7 +92,8 @@ def main() -> None:
         times += row
         rows.append([f"{TOKENS} tokens, {k} to {n}", *row])
     work.table(["torch's seconds over oneDNN's", *pairs(8, 8)], rows)
-    few = few_rows(3 if options.quick else 7)
+    matrices = [torch.randn(n, k) for k, n in FEW_SHAPES]
+    few = {tokens: few_rows(tokens, matrices, 3 if options.quick else 7) for tokens in FEW_TOKENS}
     work.table(
         ["torch's seconds over oneDNN's", "matrix right", "matrix left"],
         [[f"{tokens} tokens", *times] for tokens, times in few.items()],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.vllm_engine import MALLOC
+from actors.vllm_engine import TUNABLES
 from learner.config import LearnerConfig, PPOConfig
 
 # The environment of a learner process. Must be set before torch is imported.
@@ -17,7 +17,7 @@ LEARNER_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # A forward pass gathers its weights into new memory, and on CPU the page faults of that take
     # longer than the copying.
-    "GLIBC_TUNABLES": MALLOC,
+    "GLIBC_TUNABLES": TUNABLES,
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",

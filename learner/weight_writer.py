@@ -34,7 +34,7 @@ from actors.weight_update import (
 # two threads then pass to and fro, costs more than that saves.
 OVERLAP_BYTES = 64 << 20
 # Large, for two threads that often ask for the interpreter's lock hold each other up; and a copy goes past
-# the caches (actors/vllm_engine.MALLOC), which hold the piece that was just digested.
+# the caches (actors/vllm_engine.TUNABLES), which hold the piece that was just digested.
 PIECE_BYTES = 4 << 20
 DEVICE_PIECE_BYTES = 8 << 20  # each of them is a transfer
 

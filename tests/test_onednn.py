@@ -54,4 +54,6 @@ def test_the_processor_decides_on_many_rows(
         torch.testing.assert_close(
             faster_product(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5
         )
+    low = torch.randn(8, 48, dtype=torch.bfloat16), torch.randn(33, 48, dtype=torch.bfloat16)
+    assert torch.equal(faster_product(*low), F.linear(*low))
     assert taken == [1, FEW_ROWS, *([FEW_ROWS + 1, 500] if many_are_faster else [])]
