@@ -76,7 +76,8 @@ async def recover(run: Run, lost: LearnerLost) -> None:
 
 async def _connect_weights(run: Run) -> None:
     group = run.supervisor.group
-    members = [*(group.members[place] for place in group.present()), *run.learner.ranks]
+    roster = group.roster
+    members = [*(roster.members[place] for place in roster.present()), *run.learner.ranks]
     stem, old = None, None
     if SHARED_MEMORY.is_dir() and await run.host.same_machine(members):
         _sweep_segments()

@@ -174,6 +174,20 @@ def status(run: RunName, runs_dir: RunsDir = "runs") -> None:
 
 
 @app.command()
+def scale(
+    run: RunName,
+    generators: Annotated[
+        int, typer.Option("--generators", min=1, help="How many there shall be.")
+    ],
+    runs_dir: RunsDir = "runs",
+) -> None:
+    """Change the number of generators of a run while it goes on."""
+    from cluster.scale import ask_to_scale
+
+    typer.echo(ask_to_scale(_run_dir(run, runs_dir), generators))
+
+
+@app.command()
 def audit(run: RunName, runs_dir: RunsDir = "runs") -> None:
     """Prove from the files that every prompt was trained exactly as often as configured."""
     from cluster.audit import audit as audit_of

@@ -1,10 +1,9 @@
-"""The generators as one: who is there, how they are asked, and how one that failed is replaced.
+"""The generators as one: how they are asked, how one that failed is replaced, how they become more or fewer.
 
-    present --lost: died, silent, engine crashed, weights rejected--> absent
-    absent  --a new process: load, agree on the layout, receive and prove the newest version--> present
+    a new process: load, agree on the layout, receive and prove the newest version --> present (roster.py)
 
 Only what is present is asked; one that fails while it is asked is lost, and the others go on. A
-generator that joins does so between two pushes, so no push ever meets one that is half there.
+generator joins and leaves between two pushes, so no push ever meets one that is half there.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from actors.trajectory import Prompt
 from actors.weight_update import NeedsAll, WeightLayout, WeightsRejected, WeightUpdate
 from cluster.learner_group import LearnerLost
 from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
+from cluster.roster import Roster
 
 Asked = TypeVar("Asked")
 MENDED = (GeneratorFailed, WeightsRejected)  # raised by a generator that samples nothing any more
@@ -53,49 +53,21 @@ class GeneratorGroup:
     ) -> None:
         """`timeout_s`: of a call that needs the engine; `ping_s`: of any other. Without a
         `replacement` a generator that fails fails the run."""
-        self.members = members
+        self.roster = Roster(members)
         self._host = host
         self._timeout_s = timeout_s
         self._ping_s = ping_s
         self._replacement = replacement
         self._num_restarts = 0
-        self._present = [True] * len(members)
-        self._came_or_went = asyncio.Event()
-        self._losses: dict[int, RoleFailed] = {}
         self._layout: WeightLayout | None = None
         self._versions: dict[str, int] = {}  # proved, by name
         self._weights = asyncio.Lock()  # held while versions change
-
-    # ---- who is there
-
-    def present(self) -> list[int]:
-        return [place for place, there in enumerate(self._present) if there]
-
-    def is_present(self, place: int) -> bool:
-        return self._present[place]
-
-    async def lost(self, place: int) -> RoleFailed:
-        """Waits until the generator is lost; why."""
-        while self._present[place]:
-            await self._changed()
-        return self._losses[place]
-
-    async def _changed(self) -> None:
-        self._came_or_went.clear()
-        await self._came_or_went.wait()  # unbounded: its callers race it against what they wait for
-
-    def lose(self, place: int, member: Member, error: RoleFailed) -> None:
-        """From now on it is asked nothing. Of several failures the first counts."""
-        if self._present[place] and self.members[place] is member:
-            self._present[place] = False
-            self._losses[place] = error
-            self._came_or_went.set()
 
     # ---- asking
 
     async def ask(self, place: int, method: Callable[[Any], Any], *args: Any, within: float) -> Any:
         """Ask one. Raises Lost if it failed in a way that a new one mends, else its RoleFailed."""
-        member = self.members[place]
+        member = self.roster.members[place]
         return await self.or_lost(
             place, member, ask(member, method(member.handle), *args, within=within)
         )
@@ -114,7 +86,7 @@ class GeneratorGroup:
         """What to raise of a failure: Lost, and so it is, if a new generator mends it."""
         if not self._mends(error):
             return error
-        self.lose(place, member, error)
+        self.roster.lose(place, member, error)
         return Lost(str(error))
 
     def _mends(self, error: RoleFailed) -> bool:
@@ -125,14 +97,14 @@ class GeneratorGroup:
 
     async def each(self, method: Callable[[Any], Any], *args: Any, within: float) -> dict[str, Any]:
         """The answer of each that is there, by name."""
-        places = self.present()
-        names = [self.members[place].name for place in places]
+        places = self.roster.present()
+        names = [self.roster.members[place].name for place in places]
         calls = (self.ask(place, method, *args, within=within) for place in places)
         return _answered(names, await asyncio.gather(*calls, return_exceptions=True))
 
     async def started(self) -> list[dict[str, Any]]:
         """Once all have loaded. Whoever fails here fails the run: it would fail again."""
-        calls = (ask(it, it.handle.status, within=START_TIMEOUT_S) for it in self.members)
+        calls = (ask(it, it.handle.status, within=START_TIMEOUT_S) for it in self.roster.members)
         return await asyncio.gather(*calls)
 
     async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
@@ -140,7 +112,7 @@ class GeneratorGroup:
         answers: list[Any] = [None] * len(prompts)
         left = list(range(len(prompts)))
         while left:
-            places = self.present() or [await self._anyone()]
+            places = self.roster.present() or [await self.roster.anyone()]
             shares = {place: left[i :: len(places)] for i, place in enumerate(places)}
             calls = (
                 self.ask(
@@ -160,18 +132,6 @@ class GeneratorGroup:
             left = [i for i in left if answers[i] is None]
         return answers
 
-    async def _anyone(self) -> int:
-        """One that is there, once one is."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not (places := self.present()):
-            if (left := deadline - time.monotonic()) <= 0:
-                raise RoleFailed(f"generators: none came back within {START_TIMEOUT_S:g} s")
-            try:
-                await asyncio.wait_for(self._changed(), left)
-            except TimeoutError:
-                continue
-        return places[0]
-
     # ---- weights
 
     async def agree_layout(self, layout: WeightLayout) -> None:
@@ -186,17 +146,17 @@ class GeneratorGroup:
         async with self._weights:
             places = [
                 place
-                for place in self.present()
-                if self._versions.get(self.members[place].name) != update.version
+                for place in self.roster.present()
+                if self._versions.get(self.roster.members[place].name) != update.version
             ]
-            names = [self.members[place].name for place in places]
+            names = [self.roster.members[place].name for place in places]
             calls = (self._receive(place, shared) for place in places)
             proofs = _answered(names, await asyncio.gather(*calls, return_exceptions=True))
             self._versions |= dict.fromkeys(proofs, update.version)
         return proofs
 
     async def _receive(self, place: int, update: Any) -> Any:
-        member = self.members[place]
+        member = self.roster.members[place]
         return await self.or_lost(place, member, self._give(member, update))
 
     async def _give(self, member: Member, update: Any) -> Any:
@@ -209,40 +169,49 @@ class GeneratorGroup:
         full = await self._replacement.last_update(True)
         return await ask(member, member.handle.receive_weights, full, within=self._timeout_s)
 
-    # ---- replacement
+    # ---- others in their place, more of them, fewer
 
     async def replace(self, place: int) -> None:
-        """End what is left of the one that was lost, and bring up another in its place. RoleFailed
-        if there may be no more."""
+        """End what is left of the one that was lost, and bring up another in its place, unless that is
+        closed meanwhile. RoleFailed if there may be no more."""
         assert self._replacement is not None
-        started, old = time.perf_counter(), self.members[place].name
-        while True:
-            error = self._losses[place]
-            await self._end(self.members[place], error)
+        started, old = time.perf_counter(), self.roster.members[place].name
+        while not self.roster.is_closed(place):
+            error = self.roster.loss(place)
+            await self._end(self.roster.members[place], error)
             if self._num_restarts == self._replacement.max_restarts:
                 raise RoleFailed(
                     f"{error}; {self._num_restarts} were replaced already, and generators.max_restarts "
                     "allows no more"
                 ) from error
             self._num_restarts += 1
-            member = self._replacement.start(place, self._num_restarts)
-            self.members[place] = member
-            try:
-                await self._bring_up(member)
-                break
-            except (asyncio.CancelledError, LearnerLost):
-                self._host.kill(member)
-                raise
-            except RoleFailed as failed:
-                if not self._mends(failed):
-                    raise
-                self._losses[place] = failed
-        self._present[place] = True
-        self._came_or_went.set()
-        seconds = round(time.perf_counter() - started, 3)
-        self._replacement.on_event(
-            "generator_replaced", generator=member.name, instead_of=old, seconds=seconds
-        )
+            if await self._comes_up(place, self._num_restarts):
+                self._replacement.on_event(
+                    "generator_replaced",
+                    generator=self.roster.members[place].name,
+                    instead_of=old,
+                    seconds=round(time.perf_counter() - started, 3),
+                )
+                return
+
+    async def add(self) -> int:
+        """Bring up one more; its place, once it has proved the newest weights. RoleFailed if it fails:
+        then all is as before."""
+        place = self.roster.add()
+        try:
+            if await self._comes_up(place, 0):
+                return place
+            self._host.kill(self.roster.members[place])
+            raise self.roster.loss(place)
+        except BaseException:
+            self.roster.close(place)
+            raise
+
+    async def dismiss(self, place: int) -> None:
+        """End whoever is there or comes there, within 10 s; nobody is asked anything of it any more."""
+        async with self._weights:
+            self.roster.close(place)
+        await self._host.stop([self.roster.members[place]])
 
     async def _end(self, member: Member, error: RoleFailed) -> None:
         assert self._replacement is not None
@@ -251,6 +220,38 @@ class GeneratorGroup:
             "generator_lost", generator=member.name, reason=str(error), stack=stack
         )
         self._host.kill(member)
+
+    async def _comes_up(self, place: int, attempt: int) -> bool:
+        """Start one there. False if it fails in a way that another start may mend, or is not wanted any
+        more."""
+        member = self.roster.members[place] = await self._start(place, attempt)
+        try:
+            await self._bring_up(member)
+        except BaseException as error:
+            if isinstance(error, RoleFailed) and self._mends(error):
+                self.roster.failed(place, error)
+                return False
+            self._host.kill(member)
+            raise
+        if self.roster.is_closed(place):
+            self._host.kill(member)
+            return False
+        self.roster.come(place)
+        return True
+
+    async def _start(self, place: int, attempt: int) -> Member:
+        """By a thread, for it may wait for a GPU, and the others go on meanwhile."""
+        assert self._replacement is not None
+        starting = asyncio.ensure_future(asyncio.to_thread(self._replacement.start, place, attempt))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(self._kill_started)
+            raise
+
+    def _kill_started(self, starting: asyncio.Future[Member]) -> None:
+        if not starting.cancelled() and starting.exception() is None:
+            self._host.kill(starting.result())
 
     async def _bring_up(self, member: Member) -> None:
         """Load, agree, receive, prove."""

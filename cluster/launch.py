@@ -49,6 +49,7 @@ from cluster.placement import Host, InProcessHost, Member
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles
+from cluster.scale import scaled, watch_scale
 from cluster.stop import abandon, ask_to_stop
 from cluster.summary import finish
 from cluster.supervisor import Supervisor
@@ -72,6 +73,8 @@ def run_ppo(
     with hosting(config, in_process=in_process) as open_host:
         files = RunFiles(config)
         files.check(resume=resume, overwrite=overwrite)
+        if resume:
+            config = scaled(config, files.folder)
         inputs = check_inputs(config)
         checkpoint, problems = (
             _checkpoint_of(config, files, trusted=trust_checkpoint) if resume else (None, [])
@@ -137,10 +140,12 @@ async def _run(
     loop = asyncio.get_running_loop()
     for received in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which sets its own
         loop.add_signal_handler(received, ask_to_stop, run, received, work)
-    watch = asyncio.create_task(watch_rewards(run))
-    beat = asyncio.create_task(files.beat(BEAT_S))
-    for task in (watch, beat):
-        run.supervisor.watch(task)
+    watches = [
+        asyncio.create_task(watch)
+        for watch in (watch_rewards(run), watch_scale(run), files.beat(BEAT_S))
+    ]
+    for watch in watches:
+        run.supervisor.watch(watch)
     try:
         await work
     except asyncio.CancelledError:
@@ -151,8 +156,8 @@ async def _run(
         with contextlib.suppress(Exception):  # begun is worth ending, whatever else has failed
             await asyncio.wait_for(run.checkpointed(), LAST_CHECKPOINT_S)
         await run.forget_checkpoint()
-        watch.cancel()
-        beat.cancel()
+        for watch in watches:
+            watch.cancel()
         await run.supervisor.close()
         metrics.close()
         with contextlib.suppress(Exception):

@@ -68,7 +68,7 @@ def needs(config: RunConfig, shapes: Shapes, longest: int) -> list[Need]:
     image = shapes.policy.parameters * ITEM[config.generators.dtype]
     return [
         Need("driver", 1, {"driver and Ray": DRIVER_AND_RAY, "weights to push": 2 * image}),
-        _generators(config, shapes.policy),
+        generators_need(config, shapes.policy),
         _learner(config, shapes, longest),
         *_services(config, shapes, longest),
     ]
@@ -101,7 +101,7 @@ def cache_needed(config: RunConfig, shape: Shape) -> int:
     return shape.cache_bytes(blocks * block, item) // config.generators.tensor_parallel_size
 
 
-def _generators(config: RunConfig, shape: Shape) -> Need:
+def generators_need(config: RunConfig, shape: Shape) -> Need:
     generators, item = config.generators, ITEM[config.generators.dtype]
     weights = shape.parameters * item
     taken = {

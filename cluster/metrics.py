@@ -40,6 +40,7 @@ METRICS: dict[str, Metric] = {
     "rollout/tokens_per_s": Metric("sum", "completion tokens generated a second, all generators"),
     "rollout/samples_per_s": Metric("sum", "completions generated a second, all generators"),
     "rollout/truncated_fraction": Metric("mean", "share of completions cut at max_tokens"),
+    "rollout/generators": Metric("last", "generators that answer at the end of the step"),
     "rollout/generator_busy_share": Metric("mean", "share of time in which generators decode"),
     "reward/score_mean": Metric("mean", "mean score of the batch"),
     "reward/score_sd": Metric("mean", "standard deviation of the scores of the batch"),

@@ -104,7 +104,11 @@ class RayHost:
 
     def _bundle(self, name: str, gpus: float, where: dict[str, str]) -> Any:
         """A placement group of its own: one that cannot be had is an error in words, not a wait."""
-        from ray.util.placement_group import placement_group, placement_group_table
+        from ray.util.placement_group import (
+            placement_group,
+            placement_group_table,
+            remove_placement_group,
+        )
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         group = placement_group(
@@ -114,6 +118,7 @@ class RayHost:
         )
         if not group.wait(PLACEMENT_TIMEOUT_S):
             state = placement_group_table(group).get("stats", {}).get("scheduling_state", "PENDING")
+            remove_placement_group(group)  # or it would take what becomes free later
             free = self._ray.available_resources().get("GPU", 0)
             raise RoleFailed(f"{name}: no place for {gpus:g} GPUs ({state}; {free:g} are free)")
         self._groups[name] = group
@@ -148,15 +153,20 @@ class RayHost:
                 self.kill(member)
             else:  # Ray would tell people of a process that is killed otherwise
                 self._ray.kill(member.handle)
+                self._free_gpus(member)
 
     def kill(self, member: Member, *, restart: bool = False) -> None:
         node, pid = self._where(member)
         self._ray.kill(member.handle, no_restart=not restart)
         if node == self._here:
             kill_worker(pid)  # a process that is stopped does not hear Ray
-        if not restart and (group := self._groups.pop(member.name, None)) is not None:
-            from ray.util.placement_group import remove_placement_group
+        if not restart:
+            self._free_gpus(member)
 
+    def _free_gpus(self, member: Member) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        if (group := self._groups.pop(member.name, None)) is not None:
             remove_placement_group(group)
 
     async def stack(self, member: Member) -> str:

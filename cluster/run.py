@@ -84,6 +84,7 @@ class Run:
             **learned,
             "rollout/tokens_per_s": learned["rollout/completion_tokens"] / past.seconds,
             "rollout/samples_per_s": self.config.batch_size / past.seconds,
+            "rollout/generators": float(len(past.generators)),
             "rollout/generator_busy_share": past.busy_share,
             "reward/dropped": float(self.supervisor.ledger.num_dropped),
         }
@@ -213,7 +214,12 @@ class Run:
         """The step's line of metrics.jsonl, and what the people at the terminal see of it."""
         self.history = [*self.history, metrics][-HISTORY:]
         self.view.step(self.metrics.write(self.step, metrics))
-        self.files.status("running", step=self.step, num_steps=self.config.num_steps)
+        self.files.status(
+            "running",
+            step=self.step,
+            num_steps=self.config.num_steps,
+            generators=self.supervisor.num_generators(),
+        )
 
     def warn(self, message: str) -> None:
         self.files.event("warning", step=self.step, message=message)

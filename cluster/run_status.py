@@ -90,6 +90,7 @@ def status(run_dir: Path) -> str:
         _headline(run),
         *_row("error", printable(str(run.status.get("error") or ""))),
         *_row("last step", _last_step(run)),
+        *_row("generators", str(run.status.get("generators", ""))),
         *_row("checkpoints", ", ".join(f"step {step}" for step in run.checkpoints) or "none"),
         *_row("dropped", ", ".join(f"{n} {why}" for why, n in run.drop_reasons.items()) or "none"),
     ]

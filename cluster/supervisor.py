@@ -4,6 +4,7 @@
     collect (generators -> ledger, buffer)   one task a generator, a long poll each
     take (buffer -> the loop)                waits until the ledger says that a step is ready
     push (learner -> generators)             until each has proved the new weights
+    scale                                    more generators, or fewer, beside all this
 
 `take` waits for `collect`, is unblocked by it, and fails with it or with a push. A generator that dies,
 hangs, breaks or is lost with its machine is replaced (generator_group.py) and its prompts go out again,
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.scored import Dropped
-from actors.trajectory import Key, Prompt
+from actors.trajectory import Prompt
 from actors.weight_update import WeightUpdate
+from cluster.assignments import Assignments
 from cluster.generator_group import GeneratorGroup, Lost, Replacement
 from cluster.ledger import Ledger
 from cluster.placement import Host, Member, RoleFailed, ask_beside
@@ -64,18 +65,15 @@ class Supervisor:
         self.stream = stream
         self.ledger = ledger
         self.buffer = TrajectoryBuffer()
+        self._roster = self.group.roster
         self._ping_s = ping_timeout_s
         self._timeout_s = rollout_timeout_s
         self._on_drop = on_drop
-        self._load = [0] * len(generators)  # prompts out, by generator
-        self._holder: dict[Key, int] = {}
-        self._homeless: list[Prompt] = []  # leased, and no generator is there to take them
+        self._out = Assignments()
         self._changed = asyncio.Event()
         self._collectors: list[asyncio.Task[None]] = []
+        self._joining: list[asyncio.Task[None]] = []
         self._push: asyncio.Task[dict[str, float]] | None = None
-        # In a synchronous run each answers once a step, and the step waits for it.
-        linger_s = max(LINGER_S, LINGER_PER_GENERATOR_S * len(generators))
-        self._linger_s = linger_s if ledger.max_staleness else 0.0
         self._failed: list[asyncio.Task[Any]] = []  # of those that are watched
         self.version = 0  # that every generator has proved
 
@@ -92,7 +90,7 @@ class Supervisor:
     async def resubmit(self) -> None:
         """After a resume: what was out when the checkpoint was made goes out again. Not what was leased
         since: when a learner has been replaced, the push of its weights has handed that out."""
-        out = {*self._holder, *(prompt.key for prompt in self._homeless)}
+        out = self._out.known()
         await self._submit([p for p in self.ledger.outstanding() if p.key not in out])
 
     async def take(self, version: int, stop: asyncio.Event) -> Batch | None:
@@ -136,20 +134,8 @@ class Supervisor:
             task.result()  # raises what it failed of
 
     async def _submit(self, prompts: list[Prompt]) -> None:
-        # The least busy one, the first of equals: the same deal in every synchronous run.
-        by_load = [(self._load[place], place) for place in self.group.present()]
-        if not by_load:
-            self._homeless += prompts
-            return
-        shares: dict[int, list[Prompt]] = {}
-        heapq.heapify(by_load)
-        for prompt in prompts:
-            load, place = by_load[0]
-            heapq.heapreplace(by_load, (load + 1, place))
-            shares.setdefault(place, []).append(prompt)
-            self._load[place] = load + 1
-            self._holder[prompt.key] = place
-        await asyncio.gather(*(self._hand_over(*share) for share in sorted(shares.items())))
+        shares = self._out.deal(prompts, self._roster.present())
+        await asyncio.gather(*(self._hand_over(*share) for share in shares.items()))
 
     async def _hand_over(self, place: int, prompts: list[Prompt]) -> None:
         with contextlib.suppress(Lost):  # then its collector takes them back
@@ -157,25 +143,26 @@ class Supervisor:
 
     def _collect(self) -> None:
         if not self._collectors:
-            self._collectors = [
-                asyncio.create_task(self._collect_from(place)) for place in range(len(self._load))
-            ]
-            for collector in self._collectors:
-                self.watch(collector)
+            for place in self._roster.places():
+                self._collect_at(place)
+
+    def _collect_at(self, place: int) -> None:
+        collector = asyncio.create_task(self._collect_from(place))
+        self._collectors.append(collector)
+        self.watch(collector)
 
     async def _collect_from(self, place: int) -> None:
         """One place's life: poll whoever is there, and replace it when it is lost."""
-        while True:
-            if self.group.is_present(place):
+        while not self._roster.is_closed(place):
+            if self._roster.is_present(place):
                 await self._until_lost(place)
             await self._submit(self._take_back(place))
             await self.group.replace(place)
-            homeless, self._homeless = self._homeless, []
-            await self._submit(homeless)
+            await self._submit(self._out.homeless())
 
     async def _until_lost(self, place: int) -> None:
         poll = asyncio.create_task(self._poll(place))
-        lost = asyncio.create_task(self.group.lost(place))
+        lost = asyncio.create_task(self._roster.lost(place))
         try:
             await asyncio.wait([poll, lost], return_when=asyncio.FIRST_COMPLETED)
             if poll.done() and not isinstance(poll.exception(), Lost):
@@ -190,15 +177,14 @@ class Supervisor:
 
     def _take_back(self, place: int) -> list[Prompt]:
         """The prompts that are out there, in the order of their leases."""
-        prompts = [
-            prompt for prompt in self.ledger.outstanding() if self._holder.get(prompt.key) == place
-        ]
+        held = set(self._out.held_by(place))
+        prompts = [prompt for prompt in self.ledger.outstanding() if prompt.key in held]
         for prompt in prompts:
-            self._release(prompt.key)
+            self._out.release(prompt.key)
         return prompts
 
     async def _poll(self, place: int) -> None:
-        member = self.group.members[place]
+        member = self._roster.members[place]
         last_heard = time.monotonic()
         while True:
             rollouts, chunk = await self.group.or_lost(place, member, self._take_from(member))
@@ -210,7 +196,7 @@ class Supervisor:
                 continue
             # Its engine's thread, not only its event loop, has to answer.
             await self.group.ask(place, lambda it: it.status, within=self._timeout_s)
-            if not self._load[place]:
+            if not self._out.load(place):
                 last_heard = time.monotonic()
             elif time.monotonic() - last_heard > self._timeout_s:
                 silent = RoleFailed(
@@ -222,30 +208,60 @@ class Supervisor:
         """What it has finished. Until this returns, nothing counts as finished: what is lost on the way
         is still out there, and goes to another generator like the rest."""
         rollouts, chunk = await ask_beside(
-            member, member.handle.take, POLL_S, self._linger_s, within=POLL_S + self._ping_s
+            member, member.handle.take, POLL_S, self._linger_s(), within=POLL_S + self._ping_s
         )
         if rollouts.finished:
             chunk = await self._host.keep(member, chunk, within=self._ping_s)
         return rollouts, chunk
 
+    def _linger_s(self) -> float:
+        """In a synchronous run each answers once a step, and the step waits for it."""
+        if not self.ledger.max_staleness:
+            return 0.0
+        return max(LINGER_S, LINGER_PER_GENERATOR_S * len(self._roster.present()))
+
     def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
         self.buffer.add(rollouts.finished, chunk)
         for key in rollouts.finished:
             self.ledger.finish(key)
-            self._release(key)
+            self._out.release(key)
         for dropped in rollouts.dropped:
             key = (dropped.prompt_id, dropped.epoch)
             self.ledger.drop(key)
-            self._release(key)
+            self._out.release(key)
             self._on_drop(dropped)
         self._changed.set()
 
-    def _release(self, key: Key) -> None:
-        self._load[self._holder.pop(key)] -= 1
-
     def _out_there(self, place: int) -> str:
-        out = [prompt_id for (prompt_id, _), holder in self._holder.items() if holder == place]
-        return f"{len(out)} prompts were out there, {', '.join(sorted(out)[:5])} among them"
+        out = sorted(prompt_id for prompt_id, _ in self._out.held_by(place))
+        return f"{len(out)} prompts were out there, {', '.join(out[:5])} among them"
+
+    # ---- how many there are
+
+    @property
+    def collecting(self) -> bool:
+        """Whether weights have been pushed since the start, or the last reset: generators may come and go."""
+        return bool(self._collectors)
+
+    def num_generators(self) -> int:
+        """Those that come or are replaced are counted, too."""
+        return len(self._roster.places())
+
+    async def scale(self, count: int) -> bool:
+        """Become `count` generators; False if a reset came between. New ones are given prompts once they
+        have proved the newest weights; the youngest leave at once, and what they had begun goes to the
+        others. RoleFailed if a new one does not come up, once the others have."""
+        await asyncio.gather(*map(self.group.dismiss, self._roster.places()[count:]))
+        missing = count - self.num_generators()
+        self._joining = [asyncio.create_task(self._join()) for _ in range(missing)]
+        for ended in await asyncio.gather(*self._joining, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
+        return self.num_generators() == count
+
+    async def _join(self) -> None:
+        self._collect_at(await self.group.add())
+        await self._submit(self._out.homeless())
 
     # ---- weights and state of the generators
 
@@ -276,17 +292,19 @@ class Supervisor:
         """Forget every prompt, here and in the generators, which keep their engines."""
         own = [*self._collectors, self._push]
         await self.close()
-        self._collectors, self._push = [], None
+        self._collectors, self._joining, self._push = [], [], None
         self._failed = [task for task in self._failed if task not in own]
         await self.group.each(lambda it: it.reset, within=self._ping_s)
         self.buffer = TrajectoryBuffer()
         self.ledger.clear()
-        self._load = [0] * len(self._load)
-        self._holder.clear()
-        self._homeless.clear()
+        self._out.clear()
 
     async def close(self) -> None:
-        tasks = [*self._collectors, *([self._push] if self._push is not None else [])]
+        tasks = [
+            *self._collectors,
+            *self._joining,
+            *([self._push] if self._push is not None else []),
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

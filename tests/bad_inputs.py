@@ -342,6 +342,15 @@ def of_another_stage(world: World, _: pytest.MonkeyPatch) -> list[str]:
     return ["export", "tiny", "out"]
 
 
+def scaling(status: dict[str, Any], **given: Any) -> Prepare:
+    def begin(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        run = begun_run(world, world.tree({"max_staleness": 1, **given}))
+        (run / "status.json").write_text(json.dumps(status))
+        return ["scale", "tiny", "--generators", "3"]
+
+    return begin
+
+
 def audit_without_prompts(world: World, _: pytest.MonkeyPatch) -> list[str]:
     begun_run(world)
     (world.folder / "prompts.jsonl").unlink()
@@ -394,6 +403,21 @@ OTHERS = {
         ("driver.json is not as it was written", "raylign status"),
     ),
     "an export of a stage without checkpoints": Kind(of_another_stage, ("tiny",)),
+    "another number of generators for a run that is over": Kind(
+        scaling({"state": "finished", "heartbeat_at": time.time()}),
+        ("runs/tiny: the run is finished", "--resume generators.count=3"),
+    ),
+    "another number of generators for a run that died": Kind(
+        scaling({"state": "running", "heartbeat_at": time.time() - 7200}),
+        ("runs/tiny: the run is silent for more than 60 s", "--resume generators.count=3"),
+    ),
+    "another number of generators for a run that repeats": Kind(
+        scaling({"state": "running", "heartbeat_at": time.time()}, deterministic=True),
+        ("runs/tiny", "deterministic: true", "fixed"),
+    ),
+    "no generators": Kind(
+        words("scale", "tiny", "--generators", "0"), ("--generators", "raylign scale --help")
+    ),
     "a bundle that is not there": Kind(
         words("replay", "runs/tiny/replay/step-000003-1"), ("no such bundle", "runs/NAME/replay")
     ),

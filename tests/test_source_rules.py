@@ -51,10 +51,13 @@ WAITS = {
     "reward_service/service.py:RewardService.score": "every batch is settled within deadline_s",
     "reward_service/service.py:RewardService.close": "tasks that were cancelled",
     "cluster/fork_server.py:_serve": "a client is there, and the server ends with its driver",
-    "cluster/generator_group.py:GeneratorGroup._changed": "raced against a poll with a deadline",
+    "cluster/roster.py:Roster._changed": "raced against a poll with a deadline",
     "cluster/generator_group.py:GeneratorGroup.or_lost": "awaits a question, which has a deadline",
     "cluster/generator_group.py:GeneratorGroup.push": "held during questions with deadlines",
     "cluster/generator_group.py:GeneratorGroup._bring_up": "held during questions with deadlines",
+    "cluster/generator_group.py:GeneratorGroup.dismiss": "held during questions with deadlines",
+    "cluster/generator_group.py:GeneratorGroup._kill_started": "what is done is asked for its result",
+    "cluster/generator_group.py:GeneratorGroup._start": "Host.start waits for a place for 60 s",
     "cluster/placement.py:_answer": "only what is done is asked for its result",
     "cluster/placement.py:_settle": "_answer awaits it, with the deadline",
     "cluster/restarts.py:run_again": "a run takes as long as it does; without heartbeat it is killed",
@@ -65,6 +68,7 @@ WAITS = {
     "cluster/supervisor.py:Supervisor._until_lost": "the poll has a deadline",
     "cluster/supervisor.py:Supervisor._wait": "collectors fail within rollout_timeout_s",
     "cluster/supervisor.py:Supervisor.proved": "a push is questions, each with a deadline",
+    "cluster/supervisor.py:Supervisor.scale": "generators come up by questions, each with a deadline",
     "cluster/supervisor.py:Supervisor.close": "tasks that were cancelled",
 }
 

@@ -93,6 +93,9 @@ class FakeWorker:
         self.out.clear()
         self.ready.clear()
 
+    async def close(self) -> None:
+        self.log.append("close")
+
     def _alive(self) -> None:
         if self.dead:
             raise ActorDiedError
@@ -451,7 +454,7 @@ async def test_a_new_generator_proves_the_newest_version_before_it_is_given_a_pr
     workers[0].dead = True
     assert await take(supervisor) == ["p0", "p1"]
     assert spare.log == ["agree_layout", f"prove {UPDATE.version}", "submit"]
-    assert supervisor.group.members[0].name == "generator-0.1"
+    assert supervisor.group.roster.members[0].name == "generator-0.1"
 
 
 async def test_what_is_admitted_while_no_generator_is_there_waits_for_the_next_one(
@@ -462,7 +465,7 @@ async def test_what_is_admitted_while_no_generator_is_there_waits_for_the_next_o
     supervisor, workers = make(3, workers=1, by_itself=False, spares=[spare, FakeWorker()])
     await opened(supervisor)
     workers[0].dead = True
-    await until(lambda: supervisor.group.present() == [])
+    await until(lambda: supervisor.group.roster.present() == [])
     await admit(supervisor, 0)
     assert await take(supervisor) == ["p0", "p1", "p2"]  # of the second spare: the first is stuck
     assert spare.submitted == []
@@ -508,7 +511,7 @@ async def test_weights_come_in_the_message_where_their_segment_is_not(make: Make
     supervisor, workers = make(2, workers=1, spares=[spare], last_update=in_full)
     await opened(supervisor)
     workers[0].dead = True
-    await until(lambda: spare.updates == [UPDATE] and supervisor.group.present() == [0])
+    await until(lambda: spare.updates == [UPDATE] and supervisor.group.roster.present() == [0])
     await supervisor.push(replace(UPDATE, version=4, segment="/dev/shm/of-another"))
     assert spare.updates == [UPDATE] * 2  # what in_full gives is the newest
     assert asked == [False, True, True]
@@ -525,7 +528,7 @@ async def test_a_learner_lost_while_a_generator_is_replaced_is_told_as_that(make
     workers[0].dead = True
     with pytest.raises(LearnerLost, match="learner-0"):
         await take(supervisor)
-    assert supervisor.group.present() == []
+    assert supervisor.group.roster.present() == []
 
 
 async def test_a_generator_that_rejects_weights_is_replaced_and_the_push_counts_for_the_others(
@@ -537,7 +540,7 @@ async def test_a_generator_that_rejects_weights_is_replaced_and_the_push_counts_
     workers[1].rejects = True
     assert len(await supervisor.push(UPDATE)) == 1
     assert supervisor.version == UPDATE.version
-    await until(lambda: supervisor.group.present() == [0, 1])
+    await until(lambda: supervisor.group.roster.present() == [0, 1])
     assert spare.updates == [UPDATE]
     assert workers[1].submitted == []
 
@@ -547,7 +550,7 @@ async def test_a_generator_that_joined_with_a_version_is_not_pushed_it_again(mak
     supervisor, workers = make(2, spares=[spare])
     await opened(supervisor)
     workers[0].dead = True
-    await until(lambda: spare.updates == [UPDATE] and supervisor.group.present() == [0, 1])
+    await until(lambda: spare.updates == [UPDATE] and supervisor.group.roster.present() == [0, 1])
     await supervisor.push(UPDATE)
     assert spare.updates == [UPDATE]
     assert workers[1].updates == [UPDATE]
@@ -573,7 +576,9 @@ async def test_an_answer_of_a_generator_that_was_given_up_is_not_counted(make: M
     await opened(supervisor)
     await admit(supervisor, 0)
     stuck = workers[0]
-    supervisor.group.lose(0, supervisor.group.members[0], RoleFailed("stuck", kind="silent"))
+    supervisor.group.roster.lose(
+        0, supervisor.group.roster.members[0], RoleFailed("stuck", kind="silent")
+    )
     await until(lambda: "p0/0" in workers[1].submitted)
     stuck.finish("p0")
     workers[1].finish("p1", "p0")
@@ -622,3 +627,105 @@ async def test_it_is_settled_when_nothing_older_than_the_proved_version_is_await
     workers[0].finish("p3")
     await asyncio.wait_for(settled, LONG_S)
     assert [prompt.prompt_id for prompt in supervisor.ledger.outstanding()] == ["p5"]
+
+
+# ---- more generators, and fewer
+
+
+async def test_a_generator_that_is_added_proves_the_newest_version_and_then_shares_the_prompts(
+    make: Make,
+) -> None:
+    spare = FakeWorker(by_itself=False)
+    supervisor, workers = make(6, by_itself=False, spares=[spare])
+    await opened(supervisor)
+    assert await supervisor.scale(3)
+    assert supervisor.group.roster.members[2].name == "generator-2.0"
+    await admit(supervisor, 0)
+    assert spare.log == ["agree_layout", f"prove {UPDATE.version}", "submit"]
+    assert [len(worker.out) for worker in workers] == [2, 2, 2]
+    for worker in workers:
+        worker.finish(*worker.out)
+    assert await take(supervisor) == [f"p{i}" for i in range(6)]
+
+
+async def test_those_that_leave_give_what_they_had_begun_to_the_others_and_each_is_trained_once(
+    make: Make,
+) -> None:
+    supervisor, workers = make(6, workers=3, by_itself=False, spares=[])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    workers[2].finish("p2")  # of a generator that is gone before it was heard
+    assert await supervisor.scale(1)
+    await until(lambda: len(workers[0].out) == 6)
+    assert supervisor.group.roster.present() == [0]
+    assert [worker.log[-1] for worker in workers] == ["submit", "close", "close"]
+    workers[0].finish(*workers[0].out)
+    assert await take(supervisor) == [f"p{i}" for i in range(6)]
+
+
+async def test_one_that_left_is_pushed_nothing_and_its_place_is_not_given_again(make: Make) -> None:
+    supervisor, workers = make(2, workers=2, spares=[FakeWorker()])
+    await opened(supervisor)
+    await supervisor.scale(1)
+    await supervisor.scale(2)
+    assert supervisor.group.roster.present() == [0, 2]
+    assert len(await supervisor.push(replace(UPDATE, version=4))) == 2
+    assert [update.version for update in workers[1].updates] == [3]
+    assert [update.version for update in workers[2].updates] == [3, 4]
+
+
+async def test_one_that_does_not_come_up_is_told_and_the_others_go_on(make: Make) -> None:
+    broken = FakeWorker()
+    broken.rejects = True
+    supervisor, _ = make(4, spares=[FakeWorker(), broken])
+    await opened(supervisor)
+    with pytest.raises(RoleFailed, match="the digest is another"):
+        await supervisor.scale(4)
+    assert supervisor.num_generators() == 3
+    await until(lambda: len(supervisor.group.roster.present()) == 3)
+    await admit(supervisor, 0)
+    assert await take(supervisor) == [f"p{i}" for i in range(4)]
+
+
+async def test_one_that_is_being_replaced_can_be_asked_to_leave(make: Make) -> None:
+    spare = FakeWorker()
+    spare.silent.add("status")  # loads for ever
+    supervisor, workers = make(4, by_itself=False, spares=[spare, FakeWorker()])
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    workers[1].dead = True
+    await until(lambda: len(workers) == 3)
+    assert await supervisor.scale(1)
+    assert supervisor.num_generators() == 1
+    await until(lambda: len(workers[0].out) == 4)
+    workers[0].finish(*workers[0].out)
+    assert await take(supervisor) == [f"p{i}" for i in range(4)]
+    assert len(workers) == 3
+
+
+async def test_a_reset_ends_the_coming_of_new_ones(make: Make) -> None:
+    spare = FakeWorker()
+    spare.silent.add("status")
+    supervisor, workers = make(2, spares=[spare])
+    await opened(supervisor)
+    scaling = asyncio.create_task(supervisor.scale(3))
+    await until(lambda: len(workers) == 3)
+    await supervisor.reset()
+    assert not await asyncio.wait_for(scaling, LONG_S)
+    assert not supervisor.collecting
+    assert supervisor.num_generators() == 2
+    await opened(supervisor)
+    await admit(supervisor, 0)
+    assert await take(supervisor) == ["p0", "p1"]
+
+
+async def test_a_new_one_is_given_what_waited_for_anyone(make: Make) -> None:
+    slow = FakeWorker()
+    slow.silent.add("status")
+    supervisor, workers = make(2, workers=1, spares=[slow, FakeWorker()])
+    await opened(supervisor)
+    workers[0].dead = True
+    await until(lambda: supervisor.group.roster.present() == [])
+    await admit(supervisor, 0)
+    await supervisor.scale(2)
+    assert await take(supervisor) == ["p0", "p1"]

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from cluster import ray_host
 from cluster.placement import Member, RoleFailed, ask, ask_beside
 from cluster.ray_host import RayHost
 from tests.chaos.nodes import kill, nodes, raylet
@@ -26,6 +27,9 @@ class Worker:
 
     def length(self, table: pa.Table) -> int:
         return len(table)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,21 @@ def far_away(host: RayHost) -> Member:
     member = Member("far", host._ray.remote(Worker).options(**options).remote())
     host.locate(member)
     return member
+
+
+async def test_a_member_that_stops_gives_its_gpu_back_and_one_that_found_no_place_waits_for_none(
+    host: RayHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [host.start(f"member-{i}", Worker, env={}, gpus=1) for i in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_host, "PLACEMENT_TIMEOUT_S", 1.0)
+        with pytest.raises(RoleFailed, match=r"member-2: no place for 1 GPUs \(.*; 0 are free\)"):
+            host.start("member-2", Worker, env={}, gpus=1)
+    await host.stop(members[:1])
+    # Were the one before still in the queue, it would have the only GPU.
+    members[0] = host.start("member-3", Worker, env={}, gpus=1)
+    assert await ask(members[0], members[0].handle.length, [], within=60) == 0
+    await host.stop(members)
 
 
 async def test_what_was_kept_outlives_the_machine_and_what_was_not_is_a_death_that_is_told(
