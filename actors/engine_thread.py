@@ -22,7 +22,7 @@ from typing import Any
 from actors.config import GeneratorsConfig
 from actors.generate_request import GenerateRequest, GeneratorFailed
 from actors.trajectory import Completion
-from actors.vllm_engine import all_cores, completion_params, probe_params
+from actors.vllm_engine import all_cores, completion_params, probe_params, salt_waiting
 from actors.weight_update import NeedsAll, WeightsRejected, WeightUpdate, probe_difference
 
 PROBE_ID = "probe"
@@ -69,6 +69,7 @@ class EngineThread:
         self._held: list[Any] = []
         self._probing: _Probing | None = None
         self._proved: int | None = None  # the version that has answered its probe
+        self._num_updates = 0  # a version's number may come again, of other weights
         self._closed = False
         self._busy_s = 0.0
         self._weights_s = 0.0
@@ -95,18 +96,21 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self._closed:
-                self._take_inbox()
-                self._admit()
+                self._take_inbox(wait=self._is_idle())
+                self._admit(len(self._waiting))
                 if self._engine.has_unfinished_requests():
                     self._step()
         except Exception as error:
             self._refuse_all(error)
 
-    def _take_inbox(self) -> None:
-        idle = not self._waiting and not self._engine.has_unfinished_requests()
+    def _is_idle(self) -> bool:
+        return not self._waiting and not self._engine.has_unfinished_requests()
+
+    def _take_inbox(self, *, wait: bool) -> None:
+        """Do what has been put there; with `wait` at least one of it."""
         while True:
             try:
-                operation, reject = self._inbox.get(block=idle)
+                operation, reject = self._inbox.get(block=wait)
             except queue.Empty:
                 return
             try:
@@ -114,21 +118,29 @@ class EngineThread:
             except Exception as error:
                 reject(self._in_words(error))
                 raise
-            idle = False
+            wait = False
 
-    def _admit(self) -> None:
-        """Give the engine as much as it decodes together. The rest waits here, not in vLLM, so that
-        a probe is never queued behind prompts, and a late prompt starts under the newest weights."""
-        while self._waiting and len(self._started) < self._config.max_num_seqs:
-            request = self._waiting.popleft()
+    def _admit(self, most: int) -> int:
+        """Give the engine as much as it decodes together, `most` at most; how many that was. The rest
+        waits here, not in vLLM, so that a probe is never queued behind prompts, and a late prompt starts
+        under the newest weights."""
+        seats = self._config.max_num_seqs - len(self._started)
+        admitted = [self._waiting.popleft() for _ in range(min(seats, most, len(self._waiting)))]
+        for request in admitted:
             self._started[request.request_id] = time.time()
-            self._engine.add_request(
-                request.request_id,
-                {"prompt_token_ids": list(request.prompt_ids)},
-                completion_params(
-                    request.max_tokens, request.temperature, request.seed, request.stop
-                ),
+            params = completion_params(
+                request.max_tokens, request.temperature, request.seed, request.stop
             )
+            self._engine.add_request(request.request_id, self._prompt(request.prompt_ids), params)
+        return len(admitted)
+
+    def _prompt(self, ids: Sequence[int]) -> dict[str, Any]:
+        """With a salt, so that it shares no KV cache that other weights computed."""
+        return {"prompt_token_ids": list(ids), "cache_salt": self._salt}
+
+    @property
+    def _salt(self) -> str:
+        return f"weights-{self._num_updates}"
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -168,18 +180,13 @@ class EngineThread:
     def apply(self, update: WeightUpdate, delivery: Delivery) -> None:
         resolve, reject = delivery
         if self._finish_all or self._config.weight_update == "drained":
-            while self._started or (self._finish_all and self._waiting):
-                if self._finish_all:
-                    self._admit()
-                self._step()
+            self._drain()
         started = time.perf_counter()
         proved, self._proved = self._proved, None
         try:
             # Not by all cores: vLLM's products are wrong on matrices packed by another number of threads
             # than the engine first met them with.
-            spent: dict[str, float] = self._engine.collective_rpc(
-                "receive_weights", args=(update,)
-            )[0]
+            spent = _received(self._engine.collective_rpc("receive_weights", args=(update,)))
         except NeedsAll as missing:
             self._proved = proved
             reject(NeedsAll(f"{self._name}: {missing}"))
@@ -188,12 +195,19 @@ class EngineThread:
             raise WeightsRejected(f"{self._name}: {error}") from error
         self._weights_s += time.perf_counter() - started
         self._engine.set_weight_version(str(update.version))
-        # Blocks computed under the old weights must not serve new prompts.
-        self._engine.reset_prefix_cache()
+        self._num_updates += 1
+        salt_waiting(self._engine, self._salt)
         self._probing = _Probing(update, resolve, reject, spent, time.perf_counter())
-        self._engine.add_request(
-            PROBE_ID, {"prompt_token_ids": list(update.probe.ids)}, probe_params()
-        )
+        self._engine.add_request(PROBE_ID, self._prompt(update.probe.ids), probe_params())
+
+    def _drain(self) -> None:
+        """Until nothing runs; with finish_all, nor waits that waits by now. Whoever asks meanwhile is
+        answered, and what is added waits for the new weights."""
+        left = len(self._waiting) if self._finish_all else 0
+        while not self._closed and (self._started or (left and self._waiting)):
+            left -= self._admit(left)
+            self._step()
+            self._take_inbox(wait=False)
 
     def _prove(self, output: Any) -> None:
         assert self._probing is not None
@@ -250,3 +264,11 @@ class EngineThread:
         if isinstance(error, WeightsRejected):
             return error
         return GeneratorFailed(f"{self._name}: {type(error).__name__}: {error}")
+
+
+def _received(answers: Sequence[dict[str, float] | Exception]) -> dict[str, float]:
+    """The first worker's; or the exception that one of them has returned."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return dict(answers[0])  # type: ignore[arg-type]

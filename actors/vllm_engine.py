@@ -97,6 +97,9 @@ def make_engine(config: GeneratorsConfig, model: str) -> Any:
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs + 1,  # the probe always finds a seat
             tensor_parallel_size=config.tensor_parallel_size,
+            # Not Ray, which vLLM takes in a placement group: its workers would want groups of their own.
+            distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else "uni",
+            async_scheduling=False,  # or a step of the old weights is told as the new ones'
             enforce_eager=_on_cpu(),
             seed=0,
             logprobs_mode="processed_logprobs",  # at the sampling temperature
@@ -107,6 +110,19 @@ def make_engine(config: GeneratorsConfig, model: str) -> Any:
             **memory,
         )
     )
+
+
+def salt_waiting(engine: Any, salt: str) -> None:
+    """Requests that vLLM holds back, or has taken its cache from again, are of the weights that came just
+    now: they must find no blocks of those before. Its own reset_prefix_cache does nothing while anything
+    runs."""
+    from vllm.v1.request import RequestStatus
+
+    for request in engine.engine_core.engine_core.scheduler.requests.values():
+        if request.status != RequestStatus.RUNNING:
+            request.cache_salt = salt
+            request.block_hashes.clear()
+            request.update_block_hashes()
 
 
 def _on_cpu() -> bool:

@@ -39,12 +39,17 @@ class WeightReceiver:
         self._receiver = _Receiver(self, layout, swap, shared=shared, keeps_image=keeps_image)
         return layout.id
 
-    def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
-        """Verify the bytes, then load them; seconds of both. On WeightsRejected, and on NeedsAll,
-        nothing was applied."""
+    def receive_weights(
+        self, update: WeightUpdate
+    ) -> dict[str, float] | WeightsRejected | NeedsAll:
+        """Verify the bytes, then load them; seconds of both. WeightsRejected and NeedsAll, after which
+        nothing was applied, are returned: of what a worker process raises vLLM keeps only the words."""
         if not hasattr(self, "_receiver"):
-            raise WeightsRejected(f"version {update.version}: no layout was agreed")
-        return self._receiver.receive(update)
+            return WeightsRejected(f"version {update.version}: no layout was agreed")
+        try:
+            return self._receiver.receive(update)
+        except (WeightsRejected, NeedsAll) as refused:
+            return refused
 
 
 class _Receiver:

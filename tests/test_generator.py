@@ -47,6 +47,7 @@ class FakeEngine:
     most_running: int = 0
     added: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    salts: dict[str, str] = field(default_factory=dict)
     at_push: list[str] = field(default_factory=list)  # what ran when weights came
     failing: dict[str, Exception] = field(default_factory=dict)
     fails_in_step: int | None = None
@@ -63,11 +64,9 @@ class FakeEngine:
     def set_weight_version(self, version: str) -> None:
         self.version = version
 
-    def reset_prefix_cache(self) -> None:
-        self.calls.append("reset_prefix_cache")
-
     def add_request(self, name: str, prompt: dict[str, Any], params: Any) -> None:
         self._maybe_fail("add_request")
+        self.salts[name] = prompt["cache_salt"]
         self.added.append(name)
         self.running[name] = self.probe_steps if name == PROBE_ID else self.steps
         self.most_running = max(self.most_running, len(self.running.keys() - {PROBE_ID}))
@@ -125,6 +124,9 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     made: list[tuple[Generator, FakeEngine]] = []
     monkeypatch.setattr(engine_thread, "completion_params", lambda *given: given)
     monkeypatch.setattr(engine_thread, "probe_params", lambda: None)
+    monkeypatch.setattr(
+        engine_thread, "salt_waiting", lambda engine, salt: engine.calls.append("salt_waiting")
+    )
 
     def maker(
         weight_update: Any = "in_flight", *, finish_all: bool = False, **given: Any
@@ -233,15 +235,26 @@ async def test_the_layout_that_is_agreed_is_the_engines(make: Make) -> None:
     assert await within(generator.agree_layout(LAYOUT)) == LAYOUT.id
 
 
-async def test_an_update_is_applied_then_the_prefix_cache_emptied_then_proved(make: Make) -> None:
+async def test_an_update_is_applied_then_told_to_what_waits_then_proved(make: Make) -> None:
     generator, engine = make()
     proof = await within(generator.receive_weights(update(3)))
     assert proof["probe_difference"] == 0.0
     assert {"push_s", "verify_s", "apply_s", "probe_s"} < proof.keys()
-    assert engine.calls == ["receive_weights", "reset_prefix_cache"]
+    assert engine.calls == ["receive_weights", "salt_waiting"]
     assert (await within(generator.status()))["version"] == 3
     (made,) = await generated(generator, "a")
     assert made.spans == ((3, 0),)
+
+
+async def test_prompts_share_no_cache_over_an_update_even_of_the_same_version(make: Make) -> None:
+    generator, engine = make()
+    await generated(generator, "a")
+    await within(generator.receive_weights(update(3)))
+    await generated(generator, "b", "c")
+    await within(generator.receive_weights(update(3)))  # of a learner that went back
+    await generated(generator, "d")
+    assert engine.salts["b"] == engine.salts["c"]
+    assert len({engine.salts[name] for name in "abd"}) == 3
 
 
 async def test_nothing_leaves_before_the_probe_is_answered(make: Make) -> None:
@@ -373,6 +386,40 @@ async def test_with_finish_all_weights_wait_for_every_request_that_came_before(m
     assert {completion.spans for completion in made} == {((0, 0),)}
     assert engine.added.index(PROBE_ID) == 6
     assert engine.most_running == MAX_NUM_SEQS
+
+
+@pytest.mark.parametrize("finish_all", [False, True])
+async def test_while_it_drains_a_generator_answers_and_what_is_added_waits(
+    make: Make, finish_all: bool
+) -> None:
+    generator, engine = make("drained", finish_all=finish_all, steps=10**9)
+    old = await held_still(generator, engine, "a")
+    push = asyncio.create_task(generator.receive_weights(update()))
+    await asyncio.sleep(0)
+    engine.may_step.set()
+    while engine.num_steps < 10:
+        await asyncio.sleep(0.001)
+    assert (await within(generator.status()))["running"] == 1
+    new = await within(generator.generate(requests("b")))
+    assert (await within(generator.status()))["waiting"] == 1
+    assert not push.done()
+    engine.steps = 1
+    engine.running["a"] = 1
+    completions = await within(asyncio.gather(*old, *new))
+    assert [completion.spans for completion in completions] == [((0, 0),), ((1, 0),)]
+    await within(push)
+
+
+async def test_a_generator_that_drains_can_be_told_to_forget(make: Make) -> None:
+    generator, engine = make("drained", finish_all=True, steps=10**9)
+    futures = await held_still(generator, engine, *"abcd")
+    push = asyncio.create_task(generator.receive_weights(update()))
+    await asyncio.sleep(0)
+    engine.may_step.set()
+    await within(generator.forget())
+    await within(asyncio.gather(push, return_exceptions=True))
+    answers = await within(asyncio.gather(*futures, return_exceptions=True))
+    assert [type(answer) for answer in answers] == [GeneratorFailed] * 4
 
 
 async def test_what_is_forgotten_fails_its_waiters_and_the_generator_goes_on(make: Make) -> None:

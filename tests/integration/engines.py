@@ -35,7 +35,7 @@ def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[[], Any]]:
 
     def make() -> Any:
         return Generator(
-            GeneratorsConfig(max_model_len=128, max_num_seqs=8, kv_cache_bytes=1 << 25),
+            GeneratorsConfig(max_model_len=256, max_num_seqs=8, kv_cache_bytes=1 << 25),
             model=str(model),
             name="generator-0",
             probe_bound=1e-4,

@@ -140,6 +140,56 @@ def test_running_completions_go_on_under_new_weights_and_know_where(bench: Bench
         assert 0 < middle < len(completion.ids)
 
 
+def test_a_prompt_finds_no_cache_that_older_weights_computed(bench: Bench) -> None:
+    """While something runs vLLM does not empty its cache."""
+    prompt = tuple(5 + i % 40 for i in range(140))  # more than a block
+    alike = [request(f"alike{i}", prompt_ids=prompt, max_tokens=4) for i in range(3)]
+
+    async def push_in_flight() -> list[Any]:
+        running = request("running", prompt_ids=prompt, max_tokens=100, seed=5)
+        long, short = await bench.generator.generate([running, alike[0]])
+        await short
+        perturb(bench, 0.5)
+        await bench.generator.receive_weights(bench.publish())
+        assert not long.done(), "nothing ran any more"
+        new = await asyncio.gather(*await bench.generator.generate(alike[1:]))
+        await long
+        return new
+
+    for completion in bench.run(push_in_flight()):
+        assert completion.spans == ((bench.version, 0),)
+        expected = learner_logprobs(bench, prompt, completion, 0.7)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_what_vllm_holds_back_at_a_push_is_of_the_new_weights(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a prompt too long for one step: the others with it wait in vLLM, not in the generator."""
+    prompt = tuple(5 + i % 37 for i in range(140))
+    scheduler = bench.generator._engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler, "max_num_active_reqs", 1)
+    alike = [request(f"held{i}", prompt_ids=prompt, max_tokens=90) for i in range(2)]
+
+    async def push_in_flight() -> list[Any]:
+        futures = await bench.generator.generate(alike)
+        while (await bench.generator.status())["running"] < 2:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
+        perturb(bench, 0.5)
+        pushing = asyncio.create_task(bench.generator.receive_weights(bench.publish()))
+        await asyncio.sleep(0.02)
+        monkeypatch.undo()  # the probe has no seat otherwise
+        await pushing
+        return await asyncio.gather(*futures)
+
+    first, second = bench.run(push_in_flight())
+    assert len(first.spans) == 2, "it did not run when the push came"
+    assert second.spans == ((bench.version, 0),)
+    expected = learner_logprobs(bench, prompt, second, 0.7)
+    np.testing.assert_allclose(second.logprobs, expected, atol=1e-4)
+
+
 def test_stop_strings_end_a_completion(bench: Bench) -> None:
     free = bench.generate(request("free", max_tokens=40))[0]
     text = free.text
