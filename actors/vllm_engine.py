@@ -29,6 +29,7 @@ ENGINE_ENV = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with other roles
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",  # two small engines beat one with two threads
     "OMP_WAIT_POLICY": "PASSIVE",
