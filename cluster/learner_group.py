@@ -162,5 +162,5 @@ async def meet(ranks: list[Member], host: Host, run_dir: Path, timeout_s: float)
         meeting = run_dir.resolve() / f"rendezvous-{os.getpid()}"
         meeting.unlink(missing_ok=True)
         return Rendezvous(len(ranks), file=str(meeting))
-    address, port = await ask(ranks[0], ranks[0].handle.address, within=timeout_s)
-    return Rendezvous(len(ranks), host=address, port=port)
+    port = await ask(ranks[0], ranks[0].handle.port, within=timeout_s)
+    return Rendezvous(len(ranks), host=await host.address(ranks[0]), port=port)

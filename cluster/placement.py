@@ -145,6 +145,10 @@ class Host(Protocol):
         ...
 
     async def same_machine(self, members: list[Member]) -> bool: ...
+    async def address(self, member: Member) -> str:
+        """Of its machine, as the others reach it."""
+        ...
+
     def num_gpus(self) -> float: ...
     async def stop(self, members: list[Member]) -> None: ...
     def kill(self, member: Member, *, restart: bool = False) -> None:
@@ -181,6 +185,9 @@ class InProcessHost:
 
     async def same_machine(self, members: list[Member]) -> bool:
         return True
+
+    async def address(self, member: Member) -> str:
+        return "127.0.0.1"
 
     def num_gpus(self) -> float:
         import torch

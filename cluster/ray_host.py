@@ -145,6 +145,12 @@ class RayHost:
         ]
         return len({node for node, _ in await asyncio.gather(*asked)}) == 1
 
+    async def address(self, member: Member) -> str:
+        """As Ray has it: a machine's own name often means loopback."""
+        asked = member.handle.__ray_call__.remote(_node_ip)
+        address: str = await ask(member, fetch, asked, within=PLACEMENT_TIMEOUT_S)
+        return address
+
     async def stop(self, members: list[Member]) -> None:
         closings = [ask(member, member.handle.close, within=10.0) for member in members]
         answers = await asyncio.gather(*closings, return_exceptions=True)
@@ -216,6 +222,13 @@ def _place(_: Any) -> tuple[str, int]:
     import ray
 
     return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+def _node_ip(_: Any) -> str:
+    """Runs inside an actor."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 def _not_on_lost(nodes: list[dict[str, Any]]) -> dict[str, str]:

@@ -91,8 +91,8 @@ class LearnerRole:
     def __repr__(self) -> str:
         return self._name
 
-    def address(self) -> tuple[str, int]:
-        return self._worker.address()
+    def port(self) -> int:
+        return self._worker.port()
 
     def start(self, rendezvous: Rendezvous) -> dict[str, Any]:
         return self._worker.start(rendezvous)

@@ -47,12 +47,16 @@ class _ModelState:
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Weights and moments; what the config says of the optimizer stays as it says now."""
+        settings = [{**group, "params": None} for group in self._optimizer.param_groups]
         set_state_dict(
             self._model,
             self._optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own, params=group["params"])
 
 
 class _RunState:
@@ -65,7 +69,7 @@ class _RunState:
         return {"kl_coef": self._update.kl_coef, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._update.kl_coef = state["kl_coef"]
+        self._update.go_on_with(state["kl_coef"])
         torch.set_rng_state(state["rng"])
 
 

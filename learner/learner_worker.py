@@ -25,7 +25,7 @@ from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
-from learner.process_group import free_address, group_for_saves, join
+from learner.process_group import free_port, group_for_saves, join
 from learner.refusal import BadStep
 from learner.rollout_metrics import rollout_metrics
 from learner.sharding import unsharded
@@ -45,9 +45,9 @@ class LearnerWorker:
         self._save: checkpoint.Save | None = None
         self._copy = checkpoint.Copy()
 
-    def address(self) -> tuple[str, int]:
+    def port(self) -> int:
         """No collective."""
-        return free_address()
+        return free_port()
 
     def start(self, rendezvous: Rendezvous) -> dict[str, Any]:
         """Join the group and load the models. Returns what the start report shows."""
@@ -172,7 +172,8 @@ class LearnerWorker:
         ids = self._spec.probe_ids
         packed = PackedRows.build([list(ids)], [1]).to(self._share.device)
         policy = self._update.models.policy
-        if dist.get_world_size() == 1 and self._spec.learner.dtype == "float32":
+        learner = self._spec.learner
+        if dist.get_world_size() == 1 and learner.dtype == "float32" and not learner.cpu_offload:
             policy = unsharded(policy)
         logprobs: Tensor = policy(packed)[0]
         row = unpack(logprobs.cpu(), packed.completion_lengths, len(ids) - 1)[0]

@@ -60,9 +60,10 @@ def policy_loss(
     log_ratio, share = _log_ratio(logprobs - old_logprobs, loss_mask, ratio)
 
     # min(ratio A, clip(ratio) A) is A times a ratio that is bounded on one side only: above where
-    # A > 0, below where A < 0. In logs, because 0 * exp(large) is a NaN gradient.
+    # A > 0, below where A < 0. In logs, because 0 * exp(large) is a NaN gradient; so it is where A = 0.
     lower, upper = _log_bounds(advantages, clip_range, clip_range_high, dual_clip)
-    terms = log_ratio.clamp(lower, upper).exp() * advantages * share
+    bounded = torch.where(advantages == 0, 0.0, log_ratio).clamp(lower, upper)
+    terms = bounded.exp() * advantages * share
     if behavior_weights is not None:
         terms = terms * torch.where(loss_mask, behavior_weights, 0.0).detach()
     loss = -token_mean(terms, loss_mask, num_loss_tokens)

@@ -194,6 +194,11 @@ class PPOUpdate:
             total += loss.detach()
         return total
 
+    def go_on_with(self, kl_coef: float) -> None:
+        """The coefficient of a run that is resumed; without a target it is the config's."""
+        if self._config.kl.target is not None:
+            self.kl_coef = kl_coef
+
     def _adapt_kl(self, kl_to_ref: float, num_trajectories: int) -> None:
         """The proportional controller of Ziegler et al. 2019 (section 2.2), if a target is set."""
         kl = self._config.kl

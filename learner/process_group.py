@@ -14,18 +14,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from learner.learner_spec import Rendezvous
 
 
-def free_address() -> tuple[str, int]:
-    """This machine's address and a port that is free now, for rank 0 of a group over machines."""
+def free_port() -> int:
+    """One that is free now, for rank 0 of a group over machines."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> DeviceMesh:
     """Join the group (gloo on CPU, NCCL on CUDA) and return its one-dimensional mesh."""
     cuda = torch.cuda.is_available()
-    if rendezvous.file:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing off loopback
+    # On one machine nothing off loopback; else not the address of the machine's name, which may be loopback.
+    interface = "lo" if rendezvous.file else interface_to(rendezvous.host)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=timeout_s)
     if cuda:
         torch.cuda.set_device(0)
@@ -39,6 +41,19 @@ def join(rendezvous: Rendezvous, rank: int, timeout_s: float) -> DeviceMesh:
         )
     mesh_device = "cuda" if cuda else "cpu"
     return init_device_mesh(mesh_device, (rendezvous.world_size,), mesh_dim_names=("fsdp",))
+
+
+def interface_to(host: str) -> str:
+    """The network interface over which this machine reaches another, or itself under that address."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in [address.address for address in addresses]:
+            return name
+    raise ValueError(f"{host}: no network interface has {own}, the address that leads there")
 
 
 def group_for_saves(timeout_s: float) -> dist.ProcessGroup:

@@ -14,7 +14,7 @@ from learner.hf_folder import gather_weights, write_folder
 from learner.learner_spec import Rendezvous
 from learner.optimizer import NotFinite, Optimizer
 from learner.policy import load_policy
-from learner.process_group import free_address, join, sum_over_ranks
+from learner.process_group import free_port, join, sum_over_ranks
 from learner.supervised import SupervisedRows, load_supervised, supervised_loss
 from learner.sweep import Share
 
@@ -29,7 +29,7 @@ class SFTSpec:
 
 
 class SFTWorker:
-    """One rank. All methods but `address` are collectives."""
+    """One rank. All methods but `port` are collectives."""
 
     def __init__(self, spec: SFTSpec, rank: int) -> None:
         self._spec = spec
@@ -38,8 +38,8 @@ class SFTWorker:
     def __repr__(self) -> str:
         return f"SFT(rank {self._rank} of {self._spec.learner.ranks})"
 
-    def address(self) -> tuple[str, int]:
-        return free_address()
+    def port(self) -> int:
+        return free_port()
 
     def start(self, rendezvous: Rendezvous) -> None:
         """Join the group, load model and rows."""

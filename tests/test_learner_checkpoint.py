@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils._pytree import tree_leaves
 
 from learner import checkpoint
-from learner.config import KLConfig
+from learner.config import KLConfig, OptimizerConfig
 from tests.learner_cases import (
     Case,
     batch_table,
@@ -224,3 +224,24 @@ def test_a_checkpoint_before_the_first_step_counts_no_step(cases, tmp_path):
         torch.manual_seed(0)
         train(worker, [1], tmp_path)
         assert same_bytes(weights_of(worker), weights_of(straight))
+
+
+@pytest.mark.parametrize("target", [None, 0.01])
+def test_a_resumed_run_goes_on_as_the_config_says_now(target, tmp_path):
+    """Moments come from the checkpoint, and the KL coefficient where a controller moves it."""
+    first = case(ppo_config(epochs=1, kl=KLConfig(coef=0.1, target=target))).start()
+    train(first, [1], tmp_path)
+    write_checkpoint(first, tmp_path / "checkpoint")
+    adam = {"lr": 1e-3, "betas": (0.5, 0.6), "weight_decay": 0.5}
+    changed = ppo_config(
+        epochs=1, kl=KLConfig(coef=0.7, target=target), policy=OptimizerConfig(**adam)
+    )
+    second = case(changed).start()
+    second.load(str(tmp_path / "checkpoint"))
+    (group,) = second._update.policy_optimizer.adamw.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.5)
+    assert second._update.kl_coef == (0.7 if target is None else first._update.kl_coef)
+    kept, given = everything(second), everything(first)
+    moments = [name for name in given if ".adam." in name]
+    assert moments
+    assert same_bytes({n: kept[n] for n in moments}, {n: given[n] for n in moments})

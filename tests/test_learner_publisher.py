@@ -282,3 +282,15 @@ def test_the_probe_is_fixed_and_of_ordinary_tokens():
     assert len(ids) == 8
     assert not {0, 1} & set(ids)
     assert all(type(token) is int and token < 97 for token in ids)
+
+
+def test_the_probe_of_weights_that_wait_on_the_cpu_goes_through_fsdp(monkeypatch, tmp_path):
+    """Which alone brings them to the GPU."""
+    worker = case(ppo_config(epochs=1)).start()
+    worker.prepare_publish(None)
+    expected = worker.publish(1).probe
+    offloaded = worker._spec.learner.model_copy(update={"cpu_offload": True})
+    worker._spec = replace(worker._spec, learner=offloaded)
+    monkeypatch.setattr("learner.learner_worker.unsharded", lambda _: pytest.fail("unsharded"))
+    probe = worker.publish(2).probe
+    np.testing.assert_allclose(probe.logprobs, expected.logprobs, atol=1e-5)

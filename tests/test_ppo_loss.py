@@ -124,6 +124,21 @@ def test_a_ratio_too_large_for_a_float_is_cut_without_a_nan_gradient():
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
+def test_where_the_advantage_is_zero_no_ratio_is_too_large(ratio):
+    """As of a group whose scores are all the same."""
+    logprobs = torch.full((2, 2), 300.0, requires_grad=True)
+    advantages = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    loss, metrics = policy_loss(
+        logprobs, torch.zeros(2, 2), advantages, mask, clip_range=0.2, ratio=ratio
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.3 if ratio == "sequence" else -0.6)
+    assert metrics["clip_fraction"].item() == 0.5
+    assert (logprobs.grad == 0.0).all()
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
 def test_unchanged_parameters_give_ratio_one_no_clip_and_the_policy_gradient(ratio):
     _, old, advantages, mask = batch()
     per_completion = advantages[:, :1].expand_as(advantages)

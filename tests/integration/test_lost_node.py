@@ -53,6 +53,15 @@ def far_away(host: RayHost) -> Member:
     return member
 
 
+async def test_a_members_address_is_the_one_that_ray_reaches_its_machine_by(
+    cluster: Any, host: RayHost
+) -> None:
+    member = host.start("member", Worker, env={})
+    addresses = {node["NodeManagerAddress"] for node in host._ray.nodes()}
+    assert await host.address(member) in addresses
+    await host.stop([member])
+
+
 async def test_a_member_that_stops_gives_its_gpu_back_and_one_that_found_no_place_waits_for_none(
     host: RayHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
