@@ -82,6 +82,7 @@ class RolloutWorker:
         self._finished: asyncio.Queue[Scored | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampled: list[Sample] = []  # to be scored with the next call
+        self._num_scoring = 0  # samples that the reward service has
 
     def __repr__(self) -> str:
         return f"RolloutWorker({self._engine.name})"
@@ -165,7 +166,7 @@ class RolloutWorker:
         return await self._engine.receive_weights(update)
 
     async def status(self) -> dict[str, Any]:
-        return await self._engine.status()
+        return {**await self._engine.status(), "scoring": self._num_scoring}
 
     async def reset(self) -> None:
         """Forget every prompt, whatever state it is in; the engine and its weights stay."""
@@ -220,6 +221,7 @@ class RolloutWorker:
         await self._finish(samples)
 
     async def _finish(self, samples: list[Sample]) -> None:
+        self._num_scoring += len(samples)
         try:
             scored = await score(
                 self._rewards,
@@ -230,6 +232,8 @@ class RolloutWorker:
             self._finished.put_nowait(scored)
         except Exception as error:  # handed to whoever takes, who decides; never lost in a task
             self._finished.put_nowait(error)
+        finally:
+            self._num_scoring -= len(samples)
 
 
 def sample_seed(run_seed: int, prompt: Prompt, sample: int) -> int:

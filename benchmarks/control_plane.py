@@ -121,7 +121,8 @@ class StandIn:
         return {"push_s": 0.0, "probe_difference": 0.0}
 
     def status(self) -> dict[str, Any]:
-        return {"running": SEATS, "waiting": len(self._out), "busy_s": 0.0, "weights_s": 0.0}
+        return {"running": SEATS, "waiting": len(self._out), "busy_s": 0.0, "weights_s": 0.0,
+                "completion_tokens": 0, "scoring": 0}  # fmt: skip
 
 
 class StandIns:

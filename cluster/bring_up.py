@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from cluster import checkpoints, run_state
@@ -19,6 +20,8 @@ from cluster.learner_group import LearnerLost
 from cluster.placement import RoleFailed
 from cluster.run import Run
 from cluster.self_check import self_check
+
+READ_TIMEOUT_S = 3600.0  # of a checkpoint, to digest it
 
 
 async def bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
@@ -57,7 +60,7 @@ async def recover(run: Run, lost: LearnerLost) -> None:
     await run.forget_checkpoint()
     await run.supervisor.reset()
     restarted = await run.learner.restart(run.files.folder)
-    checkpoint, problems = checkpoints.newest_intact(run.files.folder)
+    checkpoint, problems = await _newest_intact(run.files.folder)
     for problem in problems:
         run.view.note(f"checkpoint not used: {problem}; going on from the one before it")
     if checkpoint is not None:
@@ -72,6 +75,17 @@ async def recover(run: Run, lost: LearnerLost) -> None:
         withdrawn_versions=[*range(run.step + 1, published + 1)],
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+async def _newest_intact(folder: Path) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    """By a thread: it reads all of a checkpoint, and meanwhile the heart must beat."""
+    reading = asyncio.to_thread(checkpoints.newest_intact, folder)
+    try:
+        return await asyncio.wait_for(reading, READ_TIMEOUT_S)
+    except TimeoutError:
+        raise RoleFailed(
+            f"{folder}: its checkpoint was not read within {READ_TIMEOUT_S:g} s: is the disk stuck?"
+        ) from None
 
 
 async def _connect_weights(run: Run) -> None:

@@ -133,6 +133,8 @@ FIXED_ON_RESUME = (
     "sampling",
 )
 FIXED_IN_PPO = ("advantage", "value_model", "value_init")
+# A win-rate is over the policy at the start, sampled and judged the same way. None may be left out.
+FIXED_IN_EVALUATION = ("prompts", "scorer", "num_samples", "temperature")
 
 
 def check_resume(config: RunConfig, saved: dict[str, Any]) -> None:
@@ -140,6 +142,11 @@ def check_resume(config: RunConfig, saved: dict[str, Any]) -> None:
     now = config.model_dump(mode="json")
     pairs = [(key, saved[key], now[key]) for key in FIXED_ON_RESUME]
     pairs += [(f"ppo.{key}", saved["ppo"][key], now["ppo"][key]) for key in FIXED_IN_PPO]
+    if (evaluation := now["evaluation"]) is not None:
+        before = saved["evaluation"] or dict.fromkeys(FIXED_IN_EVALUATION)
+        pairs += [
+            (f"evaluation.{key}", before[key], evaluation[key]) for key in FIXED_IN_EVALUATION
+        ]
     for key, was, given in pairs:
         if was != given:
             raise BadInput(

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +22,11 @@ from cluster.learner_group import LearnerGroup
 from cluster.placement import Member, RoleFailed, ask
 from cluster.supervisor import Supervisor
 from learner.learner_spec import Samples
-from reward_service.api import ScoreFailure, ScoreRequest
+from reward_service.api import RewardFailure, ScoreRequest, ScoreResponse, ScoreResult
+from reward_service.client import RewardClient
+from reward_service.config import RewardServiceConfig
 
-SCORE_TIMEOUT_S = 600.0
+FOREVER_S = 1e9  # of a call that has a deadline otherwise
 AGAIN_S = 0.5
 BASELINE = "baseline"
 
@@ -52,8 +52,10 @@ class Evaluation:
         learner: LearnerGroup,
         judge: Member,
         rewards: Member,
+        retries: RewardServiceConfig,
     ) -> None:
-        """`rewards` may be the judge itself; then one score serves as both."""
+        """`rewards` may be the judge itself; then one score serves as both. `retries`: how often a failed
+        request is sent again."""
         self._config = config
         repeats = -(-(config.num_samples or len(prompts)) // len(prompts))
         draws = [replace(prompt, epoch=i) for i in range(repeats) for prompt in prompts]
@@ -64,6 +66,7 @@ class Evaluation:
         self._learner = learner
         self._judge = judge
         self._rewards = rewards
+        self._retries = retries.model_copy(update={"on_failure": "fail"})
 
     async def start(self) -> None:
         """Sample the baseline: what every later evaluation is compared with."""
@@ -96,9 +99,9 @@ class Evaluation:
         )
         requests = [request for request, _ in samples]
         completions = [completion for _, completion in samples]
-        judged = await _scores(self._judge, requests)
+        judged = await self._scores(self._judge, requests)
         same = self._rewards is self._judge
-        rewards = judged if same else await _scores(self._rewards, requests)
+        rewards = judged if same else await self._scores(self._rewards, requests)
         reference = await self._learner.reference_logprobs(
             Samples(
                 tuple(np.array(r.prompt_ids) for r in requests),
@@ -122,6 +125,17 @@ class Evaluation:
             }
         )
 
+    async def _scores(self, service: Member, requests: list[ScoreRequest]) -> list[float]:
+        """As training's are had. RoleFailed if one of them cannot be."""
+        client = RewardClient(
+            lambda asked: _answer(service, asked), self._retries, max_batches=len(requests)
+        )
+        try:
+            results = await client.score(requests)
+        except RewardFailure as failure:
+            raise RoleFailed(f"{service.name}: {failure}", cause=failure) from None
+        return [result.score for result in results if isinstance(result, ScoreResponse)]
+
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.parquet"
 
@@ -132,24 +146,15 @@ class Evaluation:
         os.replace(aside, self._path(name))
 
 
-async def _answer(service: Member, requests: list[ScoreRequest]) -> list[Any]:
-    """Asked again if its process is being restarted."""
-    deadline = time.monotonic() + SCORE_TIMEOUT_S
+async def _answer(service: Member, requests: list[ScoreRequest]) -> list[ScoreResult]:
+    """Asked again if its process is being restarted; RewardClient has the deadline."""
     while True:
         try:
-            outcomes: list[Any] = await ask(
-                service, service.handle.score, requests, within=SCORE_TIMEOUT_S
+            results: list[ScoreResult] = await ask(
+                service, service.handle.score, requests, within=FOREVER_S
             )
-            return outcomes
+            return results
         except RoleFailed as failed:
-            if not failed.comes_back or time.monotonic() > deadline:
+            if not failed.comes_back:
                 raise
         await asyncio.sleep(AGAIN_S)
-
-
-async def _scores(service: Member, requests: list[ScoreRequest]) -> list[float]:
-    outcomes = await _answer(service, requests)
-    for outcome in outcomes:
-        if isinstance(outcome, ScoreFailure):
-            raise RoleFailed(f"{service.name}: {outcome.trajectory_id}: {outcome.reason}")
-    return [outcome.score for outcome in outcomes]

@@ -22,6 +22,7 @@ from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
 from cluster.roster import Roster
 
 Asked = TypeVar("Asked")
+FOREVER_S = 1e9  # of a call that is watched otherwise
 MENDED = (GeneratorFailed, WeightsRejected)  # raised by a generator that samples nothing any more
 
 
@@ -115,14 +116,7 @@ class GeneratorGroup:
             places = self.roster.present() or [await self.roster.anyone()]
             shares = {place: left[i :: len(places)] for i, place in enumerate(places)}
             calls = (
-                self.ask(
-                    place,
-                    lambda it: it.sample,
-                    [prompts[i] for i in share],
-                    temperature,
-                    seed,
-                    within=self._timeout_s,
-                )
+                self._sample(place, [prompts[i] for i in share], temperature, seed)
                 for place, share in shares.items()
             )
             drawn = _answered(places, await asyncio.gather(*calls, return_exceptions=True))
@@ -131,6 +125,25 @@ class GeneratorGroup:
                     answers[i] = completion
             left = [i for i in left if answers[i] is None]
         return answers
+
+    async def _sample(self, place: int, prompts: list[Prompt], *given: Any) -> Any:
+        """Of one generator, which may take as long as it finishes a completion every `timeout_s`."""
+        member = self.roster.members[place]
+        asked = ask(member, member.handle.sample, prompts, *given, within=FOREVER_S)
+        sampling = asyncio.create_task(self.or_lost(place, member, asked))
+        tokens = -1
+        try:
+            while not (await asyncio.wait([sampling], timeout=self._timeout_s))[0]:
+                status = await self.ask(place, lambda it: it.status, within=self._timeout_s)
+                if status["completion_tokens"] == tokens:
+                    silent = RoleFailed(
+                        f"{member.name}: no completion for {self._timeout_s:g} s", kind="silent"
+                    )
+                    raise self.given_up(place, member, silent)
+                tokens = status["completion_tokens"]
+            return await sampling
+        finally:
+            sampling.cancel()
 
     # ---- weights
 

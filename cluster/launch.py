@@ -39,6 +39,7 @@ from cluster.dropped import rolled_out, too_long
 from cluster.evaluation import Evaluation
 from cluster.generator_group import Replacement
 from cluster.gpus import check_gpus, gpus_of
+from cluster.heartbeat import BEAT_S
 from cluster.hosting import hosting
 from cluster.learner_group import LearnerGroup, LearnerLost
 from cluster.ledger import Ledger
@@ -56,7 +57,6 @@ from cluster.supervisor import Supervisor
 from cluster.train import train
 from reward_service.config import RewardServiceConfig
 
-BEAT_S = 5.0
 LAST_CHECKPOINT_S = 60.0
 
 
@@ -260,6 +260,7 @@ def _evaluation(
         learner=learner,
         judge=judge,
         rewards=rewards,
+        retries=config.reward,
     )
 
 

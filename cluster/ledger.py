@@ -35,7 +35,7 @@ class Ledger:
         self, *, prompts_per_step: int, max_staleness: int, in_order: bool = False
     ) -> None:
         """`in_order`: a step takes the oldest prompts, and waits for those of them that are not done."""
-        self._per_step = prompts_per_step
+        self.prompts_per_step = prompts_per_step
         self._in_order = in_order
         self.max_staleness = max_staleness
         self._leases: dict[Key, Lease] = {}
@@ -51,7 +51,7 @@ class Ledger:
 
     def capacity(self, version: int) -> int:
         """How many prompts may be leased now."""
-        return (version + 1 + self.max_staleness) * self._per_step - self.num_leased
+        return (version + 1 + self.max_staleness) * self.prompts_per_step - self.num_leased
 
     def lease(self, prompt: Prompt, version: int) -> None:
         key = prompt.key
@@ -75,10 +75,12 @@ class Ledger:
     def ready(self, version: int) -> list[Key] | None:
         """The prompts of the next step, oldest first; None while a step has to wait. Cheap to ask: it is
         whenever a prompt is finished."""
-        if self._num_finished < self._per_step:
+        if self._num_finished < self.prompts_per_step:
             return None
         leases = self._leases.items()  # added, and restored, in their order
-        if self._in_order and not all(one.finished for _, one in islice(leases, self._per_step)):
+        if self._in_order and not all(
+            one.finished for _, one in islice(leases, self.prompts_per_step)
+        ):
             return None
         if self._leaves_too_old(version):
             assert len(self) > self._num_finished, (
@@ -86,7 +88,7 @@ class Ledger:
             )
             return None
         finished = (key for key, lease in leases if lease.finished)
-        return [*islice(finished, self._per_step)]
+        return [*islice(finished, self.prompts_per_step)]
 
     def _leaves_too_old(self, version: int) -> bool:
         """Whether a step now, of the oldest that are finished, would leave some behind that the steps
@@ -98,8 +100,8 @@ class Ledger:
         for leased_at in sorted(self._num_out):
             out += self._num_out[leased_at]
             done += self._num_done[leased_at]
-            left = out - min(done, self._per_step)
-            if left > (leased_at + self.max_staleness - version) * self._per_step:
+            left = out - min(done, self.prompts_per_step)
+            if left > (leased_at + self.max_staleness - version) * self.prompts_per_step:
                 return True
         return False
 

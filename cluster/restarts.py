@@ -45,7 +45,10 @@ def run_again(
     which a driver must beat; `start_s`: for the first time."""
     attempts = 0
     while True:
-        code = _Attempt(words, run_dir, heartbeat_s, start_s).wait()
+        attempt = _Attempt(words, run_dir, heartbeat_s, start_s)
+        code = attempt.wait()
+        if attempt.stopped_by is not None:  # however it has ended: it was asked to
+            return code if code >= 0 else 128 + attempt.stopped_by
         if code not in (FAILED, ENDED_BY_RAY) and code >= 0:
             return code
         if attempts == max_restarts:
@@ -70,6 +73,7 @@ class _Attempt:
         self._status = run_dir / "status.json"
         self._heartbeat_s, self._start_s = heartbeat_s, start_s
         self._started = time.time()
+        self.stopped_by: int | None = None  # the signal's number
         self._process = subprocess.Popen([*TRAIN, *words])
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
@@ -82,6 +86,7 @@ class _Attempt:
                 self._watch()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = number
         self._process.send_signal(number)
 
     def _watch(self) -> None:

@@ -44,6 +44,7 @@ class RolloutSpec:
     generators: GeneratorsConfig
     sampling: SamplingConfig
     reward: RewardServiceConfig
+    max_batches: int  # that the reward service may have at once
     probe_bound: float
     seed: int
     scoring: Scoring
@@ -71,7 +72,7 @@ class RolloutRole(RolloutWorker):
         call = rewards.score.remote if hasattr(rewards.score, "remote") else rewards.score
         super().__init__(
             generator,
-            RewardClient(_awaiting(call), spec.reward),
+            RewardClient(_awaiting(call), spec.reward, max_batches=spec.max_batches),
             spec.sampling,
             seed=spec.seed,
             scoring=spec.scoring,

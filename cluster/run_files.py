@@ -16,6 +16,7 @@ import yaml
 
 from cluster.checkpoints import RUN_ID, run_id
 from cluster.config import BadInput, StageConfig
+from cluster.heartbeat import alive, here
 from cluster.redaction import printable
 
 SAID = {"error", "message", "reason", "stack", "replay"}
@@ -43,6 +44,18 @@ class RunFiles:
             )
         if resume and not exists:
             raise BadInput(f"{self.folder}: no run to resume; leave --resume out")
+        if exists:
+            self._refuse_a_second_driver()
+
+    def _refuse_a_second_driver(self) -> None:
+        """Two would undo each other's files and checkpoints."""
+        path = self.folder / "status.json"
+        status = json.loads(path.read_text()) if path.is_file() else {}
+        if status.get("state") in ("starting", "running") and alive(status):
+            raise BadInput(
+                f"{self.folder}: process {status['pid']} on {status['host']} is at this run; stop it first "
+                f"(kill {status['pid']}, or stop its job), or name=... makes another"
+            )
 
     def create(self, *, overwrite: bool) -> None:
         """Make the folder, or BadInput."""
@@ -66,6 +79,7 @@ class RunFiles:
             return None
         self.rewind(0, 0)
         (self.folder / "events.jsonl").unlink()
+        shutil.rmtree(self.folder / "evaluation", ignore_errors=True)
         return -1
 
     def _exists(self) -> bool:
@@ -81,7 +95,7 @@ class RunFiles:
     def status(self, state: str, **facts: Any) -> None:
         """Facts not given stay as they were."""
         stage = getattr(self._config, "stage", "")
-        self._facts |= {"state": state, "stage": stage, "pid": os.getpid(), **facts}
+        self._facts |= {"state": state, "stage": stage, **here(), **facts}
         self._replace("status.json", {**self._facts, "updated_at": time.time()})
 
     async def beat(self, every_s: float) -> None:

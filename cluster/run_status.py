@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 
 from cluster.config import BadInput
+from cluster.heartbeat import alive
 from cluster.live_view import duration, figures
 from cluster.metrics import read_json_lines
 from cluster.redaction import printable
 
 Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
 LAST_EVENTS = 8
+GOING_ON = ("starting", "running")
 ROUTINE = {"weights_published"}  # one each step: they would hide the others
 
 
@@ -39,17 +40,7 @@ class RunRecord:
     def state(self) -> str:
         """As the run wrote it, or "died" when it claims to go on and its process is gone."""
         state = self.status.get("state", "unknown")
-        return "died" if state in ("starting", "running") and not self.alive else state
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is there: on this machine, the only one that can be looked at."""
-        try:
-            started = psutil.Process(self.status["pid"]).create_time()
-            # A process younger than the run's last word has merely got the same number.
-            return started <= self.status["updated_at"] + 1
-        except (KeyError, psutil.NoSuchProcess):
-            return False
+        return "died" if state in GOING_ON and not alive(self.status) else state
 
     @property
     def drop_reasons(self) -> Counter[str]:
@@ -115,8 +106,9 @@ def _headline(run: RunRecord) -> str:
     if "step" in given:
         stage = f" ({given['stage']})" if given.get("stage") else ""
         parts.append(f"step {given['step']}/{given.get('num_steps', '?')}{stage}")
-    if "pid" in given and run.state in ("starting", "running", "died"):
-        parts.append(f"process {given['pid']} {'alive' if run.alive else 'not on this machine'}")
+    if "pid" in given and run.state in (*GOING_ON, "died"):
+        whose = f"process {given['pid']} on {given.get('host', 'an unknown machine')}"
+        parts.append(f"{whose} {'gone' if run.state == 'died' else 'alive'}")
     if "updated_at" in given:
         parts.append(f"updated {duration(max(0, time.time() - given['updated_at']))} ago")
     return f"{run.run_dir.name}: {', '.join(parts)}"

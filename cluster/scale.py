@@ -22,7 +22,7 @@ from cluster.fit import available_bytes, own_ray, with_value
 from cluster.learner_group import LearnerLost
 from cluster.memory import generators_need
 from cluster.placement import InProcessHost, RoleFailed
-from cluster.run_status import read_run
+from cluster.run_status import GOING_ON, read_run
 from cluster.shapes import read_shapes
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 REQUEST = "scale.json"
 EVERY_S = 1.0
-SILENT_S = 60.0  # without a heartbeat a run is taken for dead
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,10 @@ def ask_to_scale(run_dir: Path, generators: int) -> str:
             f"{run_dir}: with deterministic: true the number of generators is fixed, or the run would no "
             "longer repeat"
         )
-    status = read_run(run_dir).status
-    state, silent_s = status.get("state", "unknown"), time.time() - status.get("heartbeat_at", 0.0)
-    if state in ("starting", "running") and silent_s > SILENT_S:
-        state = f"silent for more than {SILENT_S:g} s"
-    if state not in ("starting", "running"):
+    if (state := read_run(run_dir).state) not in GOING_ON:
         raise BadInput(
-            f"{run_dir}: the run is {state}; --resume generators.count={generators} goes on with as many"
+            f"{run_dir}: this run does not go on now ({state}); --resume generators.count={generators} "
+            "goes on with as many"
         )
     request = Request(generators, config.generators.count, time.time())
     aside = run_dir / (REQUEST + ".partial")

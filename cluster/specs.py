@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from actors.rollout_worker import Scoring
@@ -18,12 +19,19 @@ def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
         generators=config.generators,
         sampling=config.sampling,
         reward=config.reward,
+        max_batches=_max_batches(config),
         probe_bound=config.self_check.probe,
         seed=config.seed,
         scoring=_scoring(config),
         finish_all=config.deterministic,
         log_file=logs / f"{name}.log",
     )
+
+
+def _max_batches(config: RunConfig) -> int:
+    """All that may be out at once; a prompt's samples may be a call of their own, of a batch not full."""
+    prompts = config.prompts_per_step * (1 + config.max_staleness)
+    return prompts * math.ceil(config.sampling.samples_per_prompt / config.reward.batch_size)
 
 
 def _scoring(config: RunConfig) -> Scoring:

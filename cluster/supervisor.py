@@ -28,6 +28,7 @@ from actors.trajectory import Prompt
 from actors.weight_update import WeightUpdate
 from cluster.assignments import Assignments
 from cluster.generator_group import GeneratorGroup, Lost, Replacement
+from cluster.learner_group import LearnerLost
 from cluster.ledger import Ledger
 from cluster.placement import Host, Member, RoleFailed, ask_beside
 from learner.trajectory_buffer import Batch, TrajectoryBuffer
@@ -38,6 +39,8 @@ PING_TIMEOUT_S = 30.0
 # engine needs; and the driver takes about a thousand a second, however many generators there are.
 LINGER_S = 0.2
 LINGER_PER_GENERATOR_S = 1e-3
+# So many steps' prompts may be dropped one after another: what fails them all is no prompt's fault.
+MAX_DROPPED_STEPS = 2
 
 
 class Supervisor:
@@ -75,6 +78,7 @@ class Supervisor:
         self._joining: list[asyncio.Task[None]] = []
         self._push: asyncio.Task[dict[str, float]] | None = None
         self._failed: list[asyncio.Task[Any]] = []  # of those that are watched
+        self._drops_in_a_row = 0
         self.version = 0  # that every generator has proved
 
     # ---- the flow of prompts
@@ -185,7 +189,7 @@ class Supervisor:
 
     async def _poll(self, place: int) -> None:
         member = self._roster.members[place]
-        last_heard = time.monotonic()
+        last_heard, tokens = time.monotonic(), 0
         while True:
             rollouts, chunk = await self.group.or_lost(place, member, self._take_from(member))
             if rollouts:
@@ -194,9 +198,11 @@ class Supervisor:
                 if rollouts.dropped:  # others take their places, even if this poll is cancelled
                     await asyncio.shield(self.admit())
                 continue
-            # Its engine's thread, not only its event loop, has to answer.
-            await self.group.ask(place, lambda it: it.status, within=self._timeout_s)
-            if not self._out.load(place):
+            # Its engine's thread, not only its event loop, has to answer. It may have finished completions
+            # that are handed over with others, or wait for scores, which have a deadline of their own.
+            status = await self.group.ask(place, lambda it: it.status, within=self._timeout_s)
+            before, tokens = tokens, status["completion_tokens"]
+            if not self._out.load(place) or tokens != before or status["scoring"]:
                 last_heard = time.monotonic()
             elif time.monotonic() - last_heard > self._timeout_s:
                 silent = RoleFailed(
@@ -225,12 +231,19 @@ class Supervisor:
         for key in rollouts.finished:
             self.ledger.finish(key)
             self._out.release(key)
+            self._drops_in_a_row = 0
         for dropped in rollouts.dropped:
             key = (dropped.prompt_id, dropped.epoch)
             self.ledger.drop(key)
             self._out.release(key)
             self._on_drop(dropped)
+            self._drops_in_a_row += 1
         self._changed.set()
+        if self._drops_in_a_row >= (most := MAX_DROPPED_STEPS * self.ledger.prompts_per_step):
+            raise RoleFailed(
+                f"{self._drops_in_a_row} prompts in a row were dropped (the bound is {most}, of "
+                f"{MAX_DROPPED_STEPS} steps), the last one because: {rollouts.dropped[-1].reason}"
+            )
 
     def _out_there(self, place: int) -> str:
         out = sorted(prompt_id for prompt_id, _ in self._out.held_by(place))
@@ -293,7 +306,13 @@ class Supervisor:
         own = [*self._collectors, self._push]
         await self.close()
         self._collectors, self._joining, self._push = [], [], None
-        self._failed = [task for task in self._failed if task not in own]
+        # A push that failed with the learner may have been asked for its outcome already.
+        self._failed = [
+            task
+            for task in self._failed
+            if task not in own and not isinstance(task.exception(), LearnerLost)
+        ]
+        self._drops_in_a_row = 0
         await self.group.each(lambda it: it.reset, within=self._ping_s)
         self.buffer = TrajectoryBuffer()
         self.ledger.clear()

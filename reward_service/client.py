@@ -25,13 +25,17 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 class RewardClient:
     """`call` reaches the service: RewardService.score itself, or its actor's method.
 
-    Only failed requests are sent again, max_retries times at most, all within deadline_s. An
-    exception of the call that is no RewardFailure and no timeout (a dead actor) propagates.
+    Only failed requests are sent again, max_retries times at most, all within deadline_s for each turn
+    of the service's queue. An exception of the call that is no RewardFailure and no timeout (a dead
+    actor) propagates.
     """
 
-    def __init__(self, call: Call, config: RewardServiceConfig) -> None:
+    def __init__(self, call: Call, config: RewardServiceConfig, *, max_batches: int = 1) -> None:
+        """`max_batches`: that the service may have to score, of all callers, before it has answered. It
+        ends each within deadline_s itself, so the client's own limit is for a service that is stuck."""
         self._call = call
         self._config = config
+        self._deadline_s = config.deadline_s * -(-max_batches // config.max_concurrency)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """One result a request, in the same order. With on_failure "fail" the first failure is
@@ -46,7 +50,7 @@ class RewardClient:
 
     async def _with_retries(self, requests: list[ScoreRequest]) -> list[ScoreResult]:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.deadline_s
+        deadline = loop.time() + self._deadline_s
         results = await self._attempt(requests, deadline)
         attempts = [1] * len(requests)
         for retry in range(self._config.max_retries):
@@ -67,7 +71,7 @@ class RewardClient:
             async with asyncio.timeout_at(deadline):
                 return list(check_results(requests, await self._call(requests)))
         except TimeoutError:
-            error = ScoreTimeout(f"no score within {self._config.deadline_s:g} s")
+            error = ScoreTimeout(f"no score within {self._deadline_s:g} s")
         except RewardFailure as failure:
             error = failure
         return [ScoreFailure.of(request.trajectory_id, error) for request in requests]

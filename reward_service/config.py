@@ -72,7 +72,7 @@ class RewardServiceConfig(StrictModel):
     scorer: ScorerConfig
     batch_size: PositiveInt = 64  # requests of one call to the scorer
     max_wait_s: float = Field(default=0.01, ge=0)  # how long a batch waits to fill
-    deadline_s: PositiveFloat = 60.0  # per request, retries included
+    deadline_s: PositiveFloat = 60.0  # of one call to the scorer; time in the queue is not counted
     max_retries: int = Field(default=2, ge=0)
     max_restarts: int = Field(default=3, ge=0)  # of the service's process
     start_timeout_s: PositiveFloat = 300.0  # to load, the first time and after a restart

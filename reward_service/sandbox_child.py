@@ -44,7 +44,8 @@ DENIED = {
     "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298,
     "name_to_handle_at": 303, "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310,
     "process_vm_writev": 311, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425,
-    "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "mount_setattr": 442,
+    "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "pidfd_getfd": 438,
+    "mount_setattr": 442,
 }  # fmt: skip
 CLONE, CLONE3, X32 = 56, 435, 0x40000000
 EPERM, ENOSYS = 1, 38
@@ -163,6 +164,7 @@ def start(python: str, report: int) -> int:
     """Init, and the code's python below it. Returns init's process id."""
     if (init := os.fork()) == 0:
         _check("prctl", libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
+        _check("prctl", libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))  # until it is another program
         if (code := os.fork()) == 0:
             os.setsid()
             # The same hashes each time: a score must be repeatable.

@@ -148,8 +148,10 @@ class RewardService:
 
     def _next_batch(self) -> list[_Waiting]:
         """The next batch, or [] where there is none yet."""
-        if self._cut:
-            return self._cut.popleft()
+        while self._cut:
+            batch = self._cut.popleft()
+            if not all(waiting.result.done() for waiting in batch):
+                return batch
         while self._waiting and self._waiting[0].result.done():  # its caller has given up
             self._waiting.popleft()
         if not self._waiting:

@@ -178,6 +178,15 @@ def over_a_run(world: World, _: pytest.MonkeyPatch) -> list[str]:
     return ["train", run_config(world, {})]
 
 
+def while_it_goes_on(*given: str) -> Prepare:
+    def begin(world: World, _: pytest.MonkeyPatch) -> list[str]:
+        said = {"state": "running", "pid": 7, "host": "another", "heartbeat_at": time.time()}
+        (begun_run(world) / "status.json").write_text(json.dumps(said))
+        return ["train", run_config(world, {}), *given]
+
+    return begin
+
+
 def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
     """`break_it` is given the run's folder and the checkpoint's."""
 
@@ -190,6 +199,16 @@ def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
         return ["train", run_config(world, {}), "--resume", *words]
 
     return resume
+
+
+def resuming_with_an_evaluation(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    tree = world.tree({})
+    scorer = tree["reward"]["scorer"]
+    added = {"prompts.path": tree["prompts"]["path"]} | {
+        f"scorer.{key}": value for key, value in scorer.items()
+    }
+    words = [f"evaluation.{key}={value}" for key, value in added.items()]
+    return [*resuming(nothing)(world, patch), *words]
 
 
 def torn(_: Path, checkpoint: Path) -> None:
@@ -244,6 +263,13 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
         with_a_file_for_runs, ("runs_dir", "no folder that can be written to")
     ),
     "a name that has a run": Kind(over_a_run, ("runs/tiny", "--resume", "--overwrite", "name=")),
+    "resuming a run that goes on": Kind(
+        while_it_goes_on("--resume"),
+        ("runs/tiny", "process 7 on another", "stop it first", "name="),
+    ),
+    "overwriting a run that goes on": Kind(
+        while_it_goes_on("--overwrite"), ("runs/tiny", "process 7 on another", "stop it first")
+    ),
     "one process for two generators": Kind(
         lambda world, _: ["train", run_config(world, {"generators.count": 2}), "--in-process"],
         ("--in-process", "generators.count=1"),
@@ -260,6 +286,10 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     ),
     "resuming with another seed": Kind(
         resuming(nothing, "seed=7"), ("seed: ", "made with 0", "says 7", "put it back")
+    ),
+    "resuming with an evaluation that was not there": Kind(
+        resuming_with_an_evaluation,
+        ("evaluation.prompts: ", "made with None", "put it back"),
     ),
     "resuming with another advantage": Kind(
         resuming(nothing, "ppo.advantage=sequence"), ("ppo.advantage: ", "'gae'", "'sequence'")
@@ -404,15 +434,15 @@ OTHERS = {
     ),
     "an export of a stage without checkpoints": Kind(of_another_stage, ("tiny",)),
     "another number of generators for a run that is over": Kind(
-        scaling({"state": "finished", "heartbeat_at": time.time()}),
-        ("runs/tiny: the run is finished", "--resume generators.count=3"),
+        scaling({"state": "finished"}),
+        ("runs/tiny: this run does not go on now (finished)", "--resume generators.count=3"),
     ),
     "another number of generators for a run that died": Kind(
-        scaling({"state": "running", "heartbeat_at": time.time() - 7200}),
-        ("runs/tiny: the run is silent for more than 60 s", "--resume generators.count=3"),
+        scaling({"state": "running", "pid": 1, "host": "another", "heartbeat_at": 0.0}),
+        ("runs/tiny: this run does not go on now (died)", "--resume generators.count=3"),
     ),
     "another number of generators for a run that repeats": Kind(
-        scaling({"state": "running", "heartbeat_at": time.time()}, deterministic=True),
+        scaling({"state": "running"}, deterministic=True),
         ("runs/tiny", "deterministic: true", "fixed"),
     ),
     "no generators": Kind(

@@ -86,7 +86,8 @@ class Rollers:
         ]
 
     async def status(self) -> dict[str, Any]:
-        return {"busy_s": 0.0, "running": 0, "waiting": len(self.ready), "first_token_at": 0.0}
+        return {"busy_s": 0.0, "running": 0, "waiting": len(self.ready), "first_token_at": 0.0,
+                "completion_tokens": 0, "scoring": 0}  # fmt: skip
 
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         self.version = update.version

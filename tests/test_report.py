@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import socket
 import time
 from html import escape
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ import pytest
 
 from cluster import report_charts as charts
 from cluster.config import BadInput
+from cluster.heartbeat import here
 from cluster.metrics import METRICS
 from cluster.report import write_report
 from cluster.report_charts import Series
@@ -95,7 +97,7 @@ def make_run(
 
 
 def write_status(run: Path, **values: Any) -> None:
-    given = {"stage": "train", "pid": os.getpid(), "updated_at": time.time(), "error": None}
+    given = {"stage": "train", **here(), "updated_at": time.time(), "error": None}
     (run / "status.json").write_text(json.dumps({**given, **values}))
 
 
@@ -255,7 +257,8 @@ def test_status_tells_the_state_of_a_run(tmp_path: Path) -> None:
     run = make_run(tmp_path, state="running")
     text = status(run)
     assert text.startswith(
-        f"demo: running, step 50/60 (train), process {os.getpid()} alive, updated 0:0"
+        f"demo: running, step 50/60 (train), process {os.getpid()} on {socket.gethostname()} alive, "
+        "updated 0:0"
     )
     assert "checkpoints  step 10\n" in text
     assert "dropped      1 reward_failed" in text
@@ -268,7 +271,7 @@ def test_a_running_run_whose_process_is_gone_has_died(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     write_status(run, state="running", step=3, num_steps=60, pid=2**22 + 1)
     assert status(run).startswith(
-        "demo: died, step 3/60 (train), process 4194305 not on this machine"
+        f"demo: died, step 3/60 (train), process 4194305 on {socket.gethostname()} gone"
     )
     # The same number, given to a process that began after the run's last word.
     write_status(run, state="running", step=3, num_steps=60, updated_at=1.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import restarts
-from cluster.launch import BEAT_S
+from cluster.heartbeat import BEAT_S
 
 # A run that writes down how it was called, and ends as the next line of `plan` says.
 CHILD = """
@@ -30,8 +30,10 @@ if act == "never up":
 if act == "stuck":
     (folder / "status.json").write_text(json.dumps({"heartbeat_at": time.time()}))
     time.sleep(60)
-if act == "until a signal":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+if str(act).startswith("until a signal"):
+    handlers = {", then 3": lambda *_: sys.exit(3), ", without a handler": signal.SIG_DFL}
+    handler = handlers.get(act.removeprefix("until a signal"), lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, handler)
     (folder / "ready").write_text("")
     time.sleep(60)
 if act == "killed":
@@ -121,8 +123,13 @@ def test_the_deadline_for_a_heartbeat_follows_the_one_for_an_answer() -> None:
     assert restarts.heartbeat_deadline_s(0.1) >= 2 * BEAT_S
 
 
-def test_a_stop_is_handed_to_the_run(folder: Path) -> None:
-    (folder / "plan.json").write_text(json.dumps(["until a signal"]))
+@pytest.mark.parametrize(
+    ("how", "code"), [("", 143), (", then 3", 3), (", without a handler", 128 + signal.SIGTERM)]
+)
+def test_a_stop_is_handed_to_the_run_which_is_not_started_again(
+    folder: Path, how: str, code: int
+) -> None:
+    (folder / "plan.json").write_text(json.dumps([f"until a signal{how}", 0]))
     program = (
         "import sys; from pathlib import Path; from cluster import restarts; "
         f"restarts.TRAIN = {restarts.TRAIN!r}; folder = Path({str(folder)!r}); "
@@ -134,5 +141,5 @@ def test_a_stop_is_handed_to_the_run(folder: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    assert process.wait(30) == code
     assert len(calls(folder)) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -141,6 +141,35 @@ async def test_the_deadline_holds_for_all_attempts_together() -> None:
         await RewardClient(call, config(deadline_s=0.4, max_retries=9)).score(requests(1))
     assert 0.35 < loop.time() - started < 5
     assert calls == 2
+
+
+async def test_time_in_the_services_queue_is_not_counted() -> None:
+    """Eight batches, two at once, each within the deadline, and all together not."""
+
+    class Slow:
+        async def score(self, asked: Sequence[ScoreRequest]) -> list[ScoreResult]:
+            await asyncio.sleep(0.15)
+            return [good(request) for request in asked]
+
+        async def close(self) -> None:
+            pass
+
+    given = config(deadline_s=0.4, batch_size=1, max_concurrency=2)
+    service = RewardService(given, merge_calls=False)
+    service._scorer = Slow()
+    results = await RewardClient(service.score, given, max_batches=8).score(requests(8))
+    assert results == [good(request) for request in requests(8)]
+    await service.close()
+
+
+async def test_a_service_that_is_stuck_is_given_up_all_the_same() -> None:
+    async def call(asked: list[ScoreRequest]) -> list[ScoreResult]:
+        await asyncio.sleep(60)
+        return []
+
+    given = config(deadline_s=0.1, max_concurrency=2, max_retries=0)
+    with pytest.raises(ScoreTimeout, match=r"within 0\.2 s"):
+        await RewardClient(call, given, max_batches=4).score(requests(1))
 
 
 async def test_exceptions_that_are_no_failure_of_scoring_propagate() -> None:

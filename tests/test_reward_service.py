@@ -120,6 +120,16 @@ async def test_a_caller_that_gives_up_takes_nothing_from_the_others() -> None:
     assert recorder.batches[-1][-1] == "t2"
 
 
+async def test_batches_whose_caller_has_given_up_are_not_scored() -> None:
+    recorder.delay_s = 0.05
+    service = RewardService(config(batch_size=1, max_concurrency=1), merge_calls=False)
+    call = asyncio.create_task(service.score(requests(1, 2, 3)))
+    await asyncio.sleep(0.02)
+    call.cancel()
+    assert await service.score(requests(4)) == [ScoreResponse("t4", 4.0)]
+    assert recorder.batches == [["t1"], ["t4"]]
+
+
 async def test_close_fails_who_still_waits_and_refuses_new_calls() -> None:
     recorder.delay_s = 30
     service = RewardService(config(batch_size=1, max_concurrency=1))

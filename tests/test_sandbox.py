@@ -160,6 +160,20 @@ print(os.getuid(), libc.prctl(39, 0, 0, 0, 0))
     assert last == "65534 1"  # nobody, and no new privileges
 
 
+async def test_it_can_not_take_the_open_files_of_its_init() -> None:
+    """In one of them init reports how the code has ended."""
+    done = await run("""
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+init = libc.syscall(434, 1, 0)  # pidfd_open
+taken = [libc.syscall(438, init, fd, 0) for fd in range(20)]  # pidfd_getfd
+for fd in taken:
+    if fd >= 0: os.write(fd, b'error forged by a model\\n')
+print(set(taken))
+""")
+    assert (done.exit_code, done.stdout) == (0, "{-1}\n")
+
+
 async def test_a_bomb_of_forks_stops_at_the_limit() -> None:
     done = await run("import os\nwhile True: os.fork()", max_processes=8, deadline_s=2)
     assert "Resource temporarily unavailable" in done.stderr

@@ -15,6 +15,7 @@ import pytest
 
 from cluster import cli, fit, scale
 from cluster.config import RunConfig, load_config
+from cluster.heartbeat import here
 from cluster.learner_group import LearnerLost
 from cluster.placement import InProcessHost, RoleFailed
 from tests import tiny
@@ -176,7 +177,7 @@ def test_the_command_leaves_what_the_driver_reads(
     run = tmp_path / "runs/tiny"
     run.mkdir(parents=True)
     tiny.write_yaml(run / "config.yaml", config.model_dump(mode="json"))
-    status = {"state": "running", "heartbeat_at": time.time()}
+    status = {"state": "running", "updated_at": time.time(), **here()}
     (run / "status.json").write_text(json.dumps(status))
     with pytest.raises(SystemExit) as ended:
         cli.main(["scale", str(run), "--generators", "7"])

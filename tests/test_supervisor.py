@@ -45,8 +45,10 @@ class FakeWorker:
         self.failure: Exception | None = None
         self.silent: set[str] = set()  # methods that never answer
         self.updates: list[Any] = []
+        self.samples_for_s = 0.0
         self.dead = self.rejects = self.elsewhere = False
         self.log: list[str] = []
+        self.completion_tokens = self.tokens_a_status = self.scoring = 0
         self._by_itself = by_itself
 
     async def submit(self, prompts: list[Prompt]) -> None:
@@ -82,7 +84,13 @@ class FakeWorker:
     async def status(self) -> dict[str, Any]:
         await self._maybe_silent("status")
         self._alive()
-        return {"busy_s": 0.0, "running": len(self.out)}
+        self.completion_tokens += self.tokens_a_status
+        return {
+            "busy_s": 0.0,
+            "running": len(self.out),
+            "completion_tokens": self.completion_tokens,
+            "scoring": self.scoring,
+        }
 
     async def agree_layout(self, layout: WeightLayout) -> str:
         self._alive()
@@ -113,6 +121,7 @@ class FakeWorker:
 
     async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
         self._alive()
+        await asyncio.sleep(self.samples_for_s)
         return [(id(self), prompt.prompt_id) for prompt in prompts]
 
     async def _maybe_silent(self, method: str) -> None:
@@ -300,6 +309,20 @@ async def test_silence_longer_than_its_time_names_the_generator_and_its_prompts(
         f"generator-1: no completion for {TIMEOUT_S:g} s (2 prompts were out there, p1, p3 among them)"
     )
     assert TIMEOUT_S < seconds < 10 * TIMEOUT_S
+
+
+@pytest.mark.parametrize("sign", ["tokens_a_status", "scoring"])
+async def test_one_that_gathers_completions_or_waits_for_scores_may_be_silent(
+    make: Make, sign: str
+) -> None:
+    supervisor, workers = make(2, workers=1, by_itself=False)
+    setattr(workers[0], sign, 1)
+    await admit(supervisor, 0)
+    taken = asyncio.create_task(take(supervisor))
+    await asyncio.sleep(2 * TIMEOUT_S)
+    assert not taken.done()
+    workers[0].finish("p0", "p1")
+    assert await taken == ["p0", "p1"]
 
 
 async def test_a_generator_with_nothing_to_do_may_be_silent(make: Make) -> None:
@@ -627,6 +650,60 @@ async def test_it_is_settled_when_nothing_older_than_the_proved_version_is_await
     workers[0].finish("p3")
     await asyncio.wait_for(settled, LONG_S)
     assert [prompt.prompt_id for prompt in supervisor.ledger.outstanding()] == ["p5"]
+
+
+async def test_held_out_samples_may_take_long_while_their_generator_finishes_some(
+    make: Make,
+) -> None:
+    supervisor, workers = make(2, spares=[FakeWorker()])
+    for worker in workers:
+        worker.samples_for_s = 3 * TIMEOUT_S
+    workers[0].tokens_a_status = 1
+    drawn = await supervisor.group.sample([tiny.prompt(i) for i in range(4)], 1.0, 0)
+    assert drawn == [(id(workers[0]), f"p{i}") for i in range(4)]  # of the other nothing came
+
+
+async def test_prompts_that_are_all_dropped_end_the_run_and_their_reason_is_told(
+    make: Make,
+) -> None:
+    supervisor, workers = make(2, workers=1, by_itself=False, prompts=50)
+    await admit(supervisor, 0)
+    taking = asyncio.create_task(take(supervisor))
+    for number in range(4):
+        await until(lambda name=f"p{number}": name in workers[0].out)
+        workers[0].drop(f"p{number}", "connection refused")
+    with pytest.raises(RoleFailed, match=r"4 prompts in a row .* because: connection refused"):
+        await asyncio.wait_for(taking, LONG_S)
+
+
+async def test_drops_with_a_finished_prompt_between_them_do_not(make: Make) -> None:
+    supervisor, workers = make(2, workers=1, by_itself=False, prompts=50)
+    await admit(supervisor, 0)
+    taking = asyncio.create_task(take(supervisor))
+    for number in range(5):
+        await until(lambda name=f"p{number}": name in workers[0].out)
+        if number == 2:
+            workers[0].finish("p2")
+        else:
+            workers[0].drop(f"p{number}", "connection refused")
+    await until(lambda: "p5" in workers[0].out)
+    workers[0].finish("p5")
+    assert await asyncio.wait_for(taking, LONG_S) == ["p2", "p5"]
+
+
+async def test_a_push_that_failed_with_the_learner_is_forgotten_by_a_reset(make: Make) -> None:
+    async def lost() -> dict[str, float]:
+        raise LearnerLost("learner-0: its process died", kind="died")
+
+    supervisor, _ = make(2, spares=[])
+    await opened(supervisor)
+    supervisor.begin(lost())
+    with pytest.raises(LearnerLost):
+        await supervisor.proved()
+    await supervisor.reset()
+    supervisor.stream.cursor = 0
+    await admit(supervisor, 0)
+    assert await take(supervisor) == ["p0", "p1"]
 
 
 # ---- more generators, and fewer
