@@ -168,6 +168,11 @@ class TensorBoardSink:
         self._events.close()
 
 
+def gauge_name(name: str) -> str:
+    """As Ray is told; Ray exports it with "ray_" before it."""
+    return "raylign_" + re.sub(r"\W", "_", name, flags=re.ASCII)
+
+
 class RayMetricsSink:
     """Gauges on Ray's metrics endpoint, e.g. raylign_learner_policy_loss{run="..."}. Gauges only:
     Ray drops them when the process ends, while it goes on to export the last value of a counter."""
@@ -181,8 +186,8 @@ class RayMetricsSink:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if name not in self._gauges:
-                exported = "raylign_" + re.sub(r"\W", "_", name, flags=re.ASCII)
-                self._gauges[name] = self._gauge(exported, metric(name).description, ("run",))
+                described = metric(name).description
+                self._gauges[name] = self._gauge(gauge_name(name), described, ("run",))
             self._gauges[name].set(value, tags={"run": self._run})
 
     def close(self) -> None:

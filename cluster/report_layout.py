@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Staleness": ("staleness/mean", "staleness/max"),
         "Tokens a second": ("rollout/tokens_per_s", "learner/tokens_per_s", "sft/tokens_per_s"),
         "Seconds a step": ("time/step_s", "time/rollout_wait_s", "time/update_s"),
+        "Generators": ("rollout/generators",),
         "Generators busy": ("rollout/generator_busy_share",),
         "Weight push": ("weights/push_s",),
     },

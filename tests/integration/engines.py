@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[[], Any]]:
+def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[..., Any]]:
     """(learner, layout of its weights, what makes a generator of the same model), in `folder`, the
     model in folder/model. CPU_ENGINE_ENV has to be set before: torch is imported here."""
     from actors.config import GeneratorsConfig
@@ -33,9 +33,10 @@ def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[[], Any]]:
     learner = LearnerWorker(spec, 0)
     learner.start(Rendezvous(1, file=str(folder / "rendezvous")))
 
-    def make() -> Any:
+    def make(**given: Any) -> Any:
+        config = {"max_model_len": 256, "max_num_seqs": 8, "kv_cache_bytes": 1 << 25}
         return Generator(
-            GeneratorsConfig(max_model_len=256, max_num_seqs=8, kv_cache_bytes=1 << 25),
+            GeneratorsConfig.model_validate(config | given),
             model=str(model),
             name="generator-0",
             probe_bound=1e-4,
