@@ -23,7 +23,7 @@ from actors.config import GeneratorsConfig
 from actors.generate_request import GenerateRequest, GeneratorFailed
 from actors.trajectory import Completion
 from actors.vllm_engine import all_cores, completion_params, probe_params, salt_waiting
-from actors.weight_update import NeedsAll, WeightsRejected, WeightUpdate, probe_difference
+from actors.weight_update import NeedsAll, Refused, WeightsRejected, WeightUpdate, probe_difference
 
 PROBE_ID = "probe"
 
@@ -266,9 +266,11 @@ class EngineThread:
         return GeneratorFailed(f"{self._name}: {type(error).__name__}: {error}")
 
 
-def _received(answers: Sequence[dict[str, float] | Exception]) -> dict[str, float]:
-    """The first worker's; or the exception that one of them has returned."""
+def _received(answers: Sequence[dict[str, float] | Refused]) -> dict[str, float]:
+    """What the slowest worker took; or raises why one of them refused."""
+    taken: dict[str, float] = {}
     for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return dict(answers[0])  # type: ignore[arg-type]
+        if isinstance(answer, Refused):
+            raise answer.error
+        taken |= {part: max(seconds, taken.get(part, 0.0)) for part, seconds in answer.items()}
+    return taken

@@ -17,6 +17,7 @@ from actors.weight_segment import SegmentReader
 from actors.weight_swap import NotPlanned, WeightSwap, tensors_of
 from actors.weight_update import (
     NeedsAll,
+    Refused,
     WeightLayout,
     WeightsRejected,
     WeightUpdate,
@@ -39,17 +40,14 @@ class WeightReceiver:
         self._receiver = _Receiver(self, layout, swap, shared=shared, keeps_image=keeps_image)
         return layout.id
 
-    def receive_weights(
-        self, update: WeightUpdate
-    ) -> dict[str, float] | WeightsRejected | NeedsAll:
-        """Verify the bytes, then load them; seconds of both. WeightsRejected and NeedsAll, after which
-        nothing was applied, are returned: of what a worker process raises vLLM keeps only the words."""
-        if not hasattr(self, "_receiver"):
-            return WeightsRejected(f"version {update.version}: no layout was agreed")
+    def receive_weights(self, update: WeightUpdate) -> dict[str, float] | Refused:
+        """Verify the bytes, then load them; seconds of both. Or why nothing was applied."""
         try:
+            if not hasattr(self, "_receiver"):
+                raise WeightsRejected(f"version {update.version}: no layout was agreed")
             return self._receiver.receive(update)
-        except (WeightsRejected, NeedsAll) as refused:
-            return refused
+        except (WeightsRejected, NeedsAll) as error:
+            return Refused(error)
 
 
 class _Receiver:

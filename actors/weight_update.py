@@ -37,6 +37,14 @@ class NeedsAll(Exception):
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A worker's answer to an update that it did not apply. Not raised there, nor an exception itself: of
+    those that a process of vLLM's gives vLLM keeps the words only."""
+
+    error: WeightsRejected | NeedsAll
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     name: str  # as in the Hugging Face checkpoint
     shape: tuple[int, ...]
