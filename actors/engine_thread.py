@@ -222,7 +222,7 @@ class EngineThread:
         if difference > self._probe_bound:
             raise WeightsRejected(
                 f"{self._name}: after version {update.version} was applied, the probe's logprobs differ "
-                f"by {difference:.2g} from the learner's (bound {self._probe_bound:g})"
+                f"by {difference:.2g} from the learner's (bound {self._probe_bound:g}, self_check.probe)"
             )
         self._probing = None
         self._proved = update.version

@@ -58,7 +58,7 @@ def load_prompts(
 
 
 def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt:
-    where = f"{path}: row {index}"
+    where = f"{path}: row {index + 1}"
     if row.get("messages") is not None:
         if tokenizer.chat_template is None:
             raise ValueError(

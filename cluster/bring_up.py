@@ -37,6 +37,7 @@ async def bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
     _say_started(run, loaded)
     await _connect_weights(run)
     await self_check(run)
+    run.meter.spent("starting", time.time() - run.started)
     if checkpoint is None:
         await run.evaluate()
 

@@ -156,13 +156,15 @@ def submit(
 
 @app.command()
 def doctor(config: Config, overrides: Overrides = None) -> None:
-    """Check config, data, tokenizers and resources without starting anything; print the plan."""
+    """Check a PPO config, its data, tokenizers and resources without starting anything; print the plan."""
     loaded = _load(config, overrides, RunConfig)
     from cluster.doctor import check_inputs
-    from cluster.plan import plan, resources, show
+    from cluster.plan import WARNING, plan, resources, show
 
-    show([*plan(loaded, check_inputs(loaded)), resources(loaded)])
-    typer.echo("doctor: nothing stands in the way")
+    rows = [*plan(loaded, check_inputs(loaded)), resources(loaded)]
+    show(rows)
+    warned = any(WARNING in text for _, text in rows)
+    typer.echo(f"doctor: {'but for the warnings ' if warned else ''}nothing stands in the way")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -49,12 +49,24 @@ class CheckpointConfig(StrictModel):
 
 class SelfCheckConfig(StrictModel):
     """Bounds on |generator logprob - learner logprob|: at start on sampled tokens, and on the probe
-    after each push. Defaults for float32; bfloat16 rounds differently on the two sides, so with it
-    say what you accept (about 0.05, 1 and 1)."""
+    after each push. Those not given follow from the dtypes (RunConfig.bounds)."""
 
-    max_mean_difference: PositiveFloat = 1e-4
-    max_difference: PositiveFloat = 1e-2
-    probe: PositiveFloat = 1e-4
+    max_mean_difference: PositiveFloat | None = None
+    max_difference: PositiveFloat | None = None
+    probe: PositiveFloat | None = None
+
+
+class Bounds(NamedTuple):
+    """What holds of SelfCheckConfig's."""
+
+    max_mean_difference: float
+    max_difference: float
+    probe: float
+
+
+# bfloat16 rounds differently on the two sides: there the digests alone prove the weights to the bit, and
+# these find what is grossly wrong.
+BOUNDS = {"float32": Bounds(1e-4, 1e-2, 1e-4), "bfloat16": Bounds(0.05, 1.0, 1.0)}
 
 
 class WarnConfig(StrictModel):
@@ -135,6 +147,13 @@ class RunConfig(LearnerStageConfig):
     too_little_memory: Literal["refuse", "warn"] = "refuse"
 
     @property
+    def bounds(self) -> Bounds:
+        dtypes = (self.generators.dtype, self.learner.dtype)
+        usual = BOUNDS["bfloat16" if "bfloat16" in dtypes else "float32"]
+        given = self.self_check.model_dump(exclude_none=True)
+        return usual._replace(**given)
+
+    @property
     def prompts_per_step(self) -> int:
         return self.batch_size // self.sampling.samples_per_prompt
 
@@ -197,17 +216,55 @@ def load_config(path: str | Path, overrides: list[str], kind: type[Stage]) -> St
             f"{path}: no such config file; give a YAML file, e.g. examples/support_replies/ppo.yaml"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _Loader(path.read_text()).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
     if not isinstance(tree, dict):
         raise BadInput(f"{path}: not a mapping of keys; see examples/support_replies/ppo.yaml")
     for override in overrides:
         _apply(tree, override)
+    _check_stage(path, tree, kind)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise BadInput(f"{path}: {_first_problem(error, kind)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Of a key that stands twice YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key} stands twice", problem_mark=mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _check_stage(path: Path, tree: dict[str, Any], kind: type[StageConfig]) -> None:
+    """What is for another command would be told as keys that are unknown."""
+    commands = {
+        _stage_of(other): command
+        for other, command in (
+            (SFTRunConfig, "sft"),
+            (RewardRunConfig, "reward-model"),
+            (RunConfig, "train"),
+        )
+    }
+    stage = tree.get("stage")
+    if stage in commands and stage != _stage_of(kind):
+        raise BadInput(
+            f"{path}: stage: {stage}: it is for `raylign {commands[stage]}`, where stage: "
+            f"{_stage_of(kind)} is wanted"
+        )
+
+
+def _stage_of(kind: type[StageConfig]) -> str:
+    annotation: Any = kind.model_fields["stage"].annotation
+    return str(annotation.__args__[0])
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -39,16 +39,17 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def check_disk(run_dir: Path, checkpoint_bytes: int) -> None:
-    """BadInput if the run could not write there, or not two checkpoints: one is kept until the next is
-    whole."""
+def check_disk(run_dir: Path, checkpoint_bytes: int, keep: int) -> None:
+    """BadInput if the run could not write there, or not as many checkpoints as it keeps and one more, for
+    they are kept until that is whole."""
     parent, free = existing_parent(run_dir), free_bytes(run_dir)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BadInput(f"runs_dir: {parent} is no folder that can be written to; set runs_dir")
-    if free < 2 * checkpoint_bytes:
+    if free < (keep + 1) * checkpoint_bytes:
         raise BadInput(
-            f"runs_dir: {parent} has {gib(free)} free, two checkpoints take about "
-            f"{gib(2 * checkpoint_bytes)}; make room, or set runs_dir"
+            f"runs_dir: {parent} has {gib(free)} free, checkpoints take about "
+            f"{gib((keep + 1) * checkpoint_bytes)} (checkpoint.keep {keep}, and the one that is written); "
+            "make room, keep fewer, or set runs_dir"
         )
 
 

@@ -22,8 +22,8 @@ from cluster.model_folder import (
     check_context,
     check_heads,
     check_positions,
+    check_reward_model,
     check_tokenizer,
-    model_config,
     policy_config,
     same_vocabulary,
 )
@@ -64,7 +64,8 @@ def check_inputs(config: RunConfig) -> Inputs:
             "generators.kv_cache_bytes: needed on CPU, where vLLM would take nearly all memory; "
             "try 67108864"
         )
-    check_disk(config.run_dir, checkpoint_bytes(config, inputs.num_parameters))
+    needed = checkpoint_bytes(config, inputs.num_parameters)
+    check_disk(config.run_dir, needed, config.checkpoint.keep)
     if (shapes := read_shapes(config)) is not None:
         said = check_fit(config, shapes, longest_sequence(config, inputs))
         return replace(inputs, too_little_memory=said)
@@ -168,9 +169,9 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         case RewardModelScorerConfig():
-            model_config(config.path, key)
             if config.input == "tokens":
                 same_vocabulary(policy, config.path, key)
+            check_reward_model(config.path, key)
         case SumScorerConfig():
             for name, part in config.parts.items():
                 check_scorer(part.scorer, policy, f"{key}.{name}")

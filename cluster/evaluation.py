@@ -94,7 +94,7 @@ class Evaluation:
 
     async def _sampled(self, name: str) -> pa.Table:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
-        samples: list[tuple[ScoreRequest, Completion]] = await self._supervisor.group.sample(
+        samples: list[tuple[ScoreRequest, Completion]] = await self._supervisor.sample(
             self._prompts, self._config.temperature, seed
         )
         requests = [request for request, _ in samples]

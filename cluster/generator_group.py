@@ -154,7 +154,8 @@ class GeneratorGroup:
         assert set(agreed.values()) <= {layout.id}
 
     async def push(self, update: WeightUpdate) -> dict[str, dict[str, float]]:
-        """The proof of each that is there, by name, when all of them have proved the version."""
+        """The proof of each that is there, by name, when all of them have proved the version. RoleFailed
+        if all reject the first one."""
         shared = self._host.share(update) if update.payload else update
         async with self._weights:
             places = [
@@ -166,6 +167,9 @@ class GeneratorGroup:
             calls = (self._receive(place, shared) for place in places)
             proofs = _answered(names, await asyncio.gather(*calls, return_exceptions=True))
             self._versions |= dict.fromkeys(proofs, update.version)
+        losses = [] if self._versions else [self.roster.loss(place) for place in places]
+        if losses and all(isinstance(loss.cause, WeightsRejected) for loss in losses):
+            raise losses[0]  # others in their place would reject the first weights, too
         return proofs
 
     async def _receive(self, place: int, update: Any) -> Any:

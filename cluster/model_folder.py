@@ -40,6 +40,20 @@ def policy_config(folder: str, key: str) -> dict[str, Any]:
     return config
 
 
+def check_reward_model(folder: str, key: str) -> None:
+    """ValueError of a model that says it is something else. One label is what it must have; a config that
+    tells no number has two of them."""
+    config = model_config(folder, key)
+    kinds = [kind for kind in config.get("architectures") or () if isinstance(kind, str)]
+    other = [kind for kind in kinds if "SequenceClassification" not in kind]
+    labels = len(config.get("id2label") or range(config.get("num_labels") or 2))
+    if other or labels != 1:
+        what = other[0] if other else f"a classifier of {labels} labels"
+        raise ValueError(
+            f"{key}: {folder}: {what} is no reward model; train one from it with `raylign reward-model`"
+        )
+
+
 def same_vocabulary(policy: str, other: str, key: str) -> None:
     """ValueError unless both folders' tokenizers have the same tokens under the same ids."""
     model_config(other, key)

@@ -30,6 +30,7 @@ from cluster.redaction import printable
 from cluster.shapes import read_shapes
 from cluster.versions import versions
 
+WARNING = "WARNING"
 Row = tuple[str, str]  # label and text; a label of "" goes on with the one above
 
 
@@ -197,6 +198,11 @@ def _parts(parts: Mapping[str, int]) -> str:
 
 
 def _surroundings(config: RunConfig, inputs: Inputs) -> Iterator[Row]:
+    if (config.run_dir / "config.yaml").exists():
+        yield (
+            "run",
+            f"{WARNING}: {config.run_dir} is there already: --resume goes on with it, --overwrite deletes it",
+        )
     push = inputs.num_parameters * ITEM[config.generators.dtype]
     yield "push", f"{push / 2**20:,.1f} MiB of weights a step, {config.generators.weight_push}"
     saved = checkpoint_bytes(config, inputs.num_parameters) / 2**20
@@ -214,8 +220,16 @@ def resources(config: RunConfig, join: Callable[[str, str], Host] = RayHost) -> 
     address, wanted = config.ray_address or os.environ.get("RAY_ADDRESS"), gpus_of(config)
     asked = gpus_in_words(wanted) if wanted else "no GPU"
     if address is None:
-        here = f", this machine has {len(gpu_bytes())}" if wanted else ""
-        return "resources", f"{asked}{here}; a Ray of its own is started here"
+        if not wanted:
+            return "resources", f"{asked}; a Ray of its own is started here"
+        here = len(gpu_bytes())
+        short = (
+            f"{WARNING}: too few for a run on this machine: " if here < sum(wanted.values()) else ""
+        )
+        return (
+            "resources",
+            f"{short}{asked}, this machine has {here}; a Ray of its own is started here",
+        )
     try:
         host = join(address, "raylign-doctor")
     except (BadInput, OSError, RuntimeError) as error:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,10 @@ def _held_out(evaluations: list[Evaluation]) -> str:
     ]
     if not groups:
         return ""
-    note = f"share of completions by judge score, {len(groups[0][1])} held-out prompts"
+    note = f"share of completions by judge score, {len(groups[0][1])} held-out samples"
     picture = charts.histogram("Judge score", note, groups)
     table = _table(
-        ("", "prompts", "judge", "reward score", "KL to reference", "finished"),
+        ("", "samples", "judge", "reward score", "KL to reference", "finished"),
         [(label, len(rows), *_averages(rows)) for label, rows in evaluations],
     )
     sides = f'{picture}<div class="card scroll">{table}</div>'
@@ -232,16 +233,17 @@ def _timing(run: RunRecord) -> str:
         if (values := [row[name] for row in run.metrics if name in row])
     }
     bars = {"the command": timing, **run.summary.get("roles", {})}
+    colors = {name: i for i, name in enumerate(dict.fromkeys(chain(*bars.values())))}
     drawn = [
-        f"<h3>{escape(title)}</h3>{charts.stacked_bar(parts)}"
+        f"<h3>{escape(title)}</h3>{charts.stacked_bar(parts, colors)}"
         for title, seconds in bars.items()
         if (parts := [(name, spent) for name, spent in seconds.items() if spent > 0])
     ]
     if not drawn:
         return ""
     note = (
-        "Each role's bar: from the first prompt to the end, what it did and what it waited for. "
-        "Above max_staleness 0 roles work at the same time, so the command's seconds overlap."
+        "The command's bar: what its loop was at. Each role's bar: from the first prompt to the end, what "
+        "it did and what it waited for."
     )
     return f'<h2>Time</h2><div class="card pad">{"".join(drawn)}<p class="none">{note}</p></div>'
 

@@ -7,7 +7,7 @@ are CSS variables, so that a chart follows the reader's light or dark scheme.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ def _frame(series: Sequence[Series]) -> Frame:
     if 0 <= low < 0.4 * high:
         low = 0.0  # a quantity that comes near zero is read against zero
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 0.5
-    bottom = low if low == 0 and high > 0 else low - margin
+    bottom = low if low == 0 else low - margin
     return Frame(left, right if right > left else left + 1, bottom, high + margin)
 
 
@@ -213,11 +213,12 @@ def _bars(
     return bars
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]]) -> str:
+def stacked_bar(parts: Sequence[tuple[str, float]], colors: Mapping[str, int]) -> str:
     """One bar of the parts of a whole, in seconds, with a legend."""
     total = math.fsum(seconds for _, seconds in parts)
     pieces, legend = [], []
-    for color, (label, seconds) in enumerate(parts):
+    for label, seconds in parts:
+        color = colors[label]
         share = seconds / total
         text = f"{escape(label)}: {number(seconds)} s ({share:.0%})"
         pieces.append(

@@ -45,7 +45,7 @@ BANDS = {"reward/score_mean": "reward/score_sd"}  # metric -> the half-width dra
 
 class Tile(NamedTuple):
     label: str
-    metric: str  # for a run that has no summary, and where the summary has no such figure
+    metric: str  # for a run that has no summary, and where the summary has no such figure; or ""
     before: str = "start"  # key of the summary; "" where the start says nothing
     after: str = "end"
     format: str = "{:.3g}"
@@ -60,6 +60,7 @@ TILES = (
     Tile("KL to reference", "learner/kl_to_ref", "", "kl_to_ref", note="nats a completion"),
     Tile("Loss", "sft/loss"),
     Tile("Pairwise loss", "reward_model/loss"),
+    Tile("Accuracy", "", "", "held_out_accuracy", "{:.0%}", "held-out pairs, at the end"),
     Tile("Accuracy", "reward_model/accuracy", format="{:.0%}"),
 )
 

@@ -75,7 +75,7 @@ class RoleMeter:
         assert before is not None, "begin comes first"
         self._last, seconds = now, now.at - before.at
         busy = [one["busy_s"] for one in now.generators_since(before)]
-        decoding = self.spent("generation", sum(busy) / max(1, len(busy)))
+        decoding = sum(busy) / max(1, len(busy))
         return Interval(seconds, decoding / seconds, now.generators)
 
     async def _counters(self) -> Counters:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import io
 import logging
 import os
 import sys
@@ -142,6 +143,8 @@ class RewardRole(RewardService):
         self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path
     ) -> None:
         settle_in(log_file)
+        if "ray" in sys.modules:  # nobody would see what a reward function prints
+            sys.stdout = sys.stderr = _Printed(log_file)
         self._name = name
         with fast_import():
             super().__init__(config, merge_calls=merge_calls)
@@ -175,6 +178,24 @@ def _awaiting(call: Any) -> Any:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+class _Printed(io.TextIOBase):
+    """Where `print` goes; each line at once, without secrets."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if not text.startswith(":actor_name:"):  # of Ray's, for its own log
+            self._file.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def settle_in(path: Path) -> None:

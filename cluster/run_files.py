@@ -15,7 +15,7 @@ from uuid import uuid4
 import yaml
 
 from cluster.checkpoints import RUN_ID, run_id
-from cluster.config import BadInput, StageConfig
+from cluster.config import BadInput, RunConfig, StageConfig
 from cluster.heartbeat import alive, here
 from cluster.redaction import printable
 
@@ -38,9 +38,10 @@ class RunFiles:
             )
         exists = self._exists()
         if exists and not (resume or overwrite):
+            resumed = "--resume goes on with it, " if isinstance(self._config, RunConfig) else ""
             raise BadInput(
-                f"{self.folder}: there is a run already; --resume goes on with it, --overwrite deletes "
-                "it, name=... makes another"
+                f"{self.folder}: there is a run already; {resumed}--overwrite deletes it, name=... makes "
+                "another"
             )
         if resume and not exists:
             raise BadInput(f"{self.folder}: no run to resume; leave --resume out")

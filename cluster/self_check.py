@@ -13,8 +13,8 @@ SELF_CHECK_PROMPTS = 16
 
 async def self_check(run: Run) -> dict[str, float]:
     """Same weights, same tokens: generator logprobs against learner logprobs, within bounds."""
-    bounds, temperature = run.config.self_check, run.config.sampling.temperature
-    samples = await run.supervisor.group.sample(
+    bounds, temperature = run.config.bounds, run.config.sampling.temperature
+    samples = await run.supervisor.sample(
         run.prompts[:SELF_CHECK_PROMPTS], temperature, run.config.seed
     )
     learned = await run.learner.policy_logprobs(

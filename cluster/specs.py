@@ -20,7 +20,7 @@ def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
         sampling=config.sampling,
         reward=config.reward,
         max_batches=_max_batches(config),
-        probe_bound=config.self_check.probe,
+        probe_bound=config.bounds.probe,
         seed=config.seed,
         scoring=_scoring(config),
         finish_all=config.deterministic,

@@ -76,7 +76,10 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
     metrics: dict[str, float] = {}
     with _Progress(config, files) as progress:
         try:
-            await everyone(lambda it: it.start, await meet(ranks, host, files.folder, timeout))
+            rendezvous = await meet(ranks, host, files.folder, timeout)
+            await everyone(lambda it: it.start, rendezvous)
+            if rendezvous.file:
+                Path(rendezvous.file).unlink(missing_ok=True)
             for step in range(1, config.num_steps + 1):
                 metrics = reduce_ranks(await everyone(lambda it: it.train, step))
                 progress.step(step, config.num_steps, metrics)

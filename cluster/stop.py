@@ -19,7 +19,11 @@ ENDING_S = (
 def ask_to_stop(run: Run, received: signal.Signals, work: asyncio.Task[Any]) -> None:
     """First the run is asked to end after the step at hand; once more, or when that takes too long,
     `work` is cancelled."""
-    if run.stopped_by is None:
+    if run.stopped_by is None and not run.meter.begun:
+        run.view.note(f"{received.name}: ended before the first step")
+        run.stopped_by, run.stop_asked_at = received, time.monotonic()
+        work.cancel()
+    elif run.stopped_by is None:
         grace_s = run.config.stop_grace_s
         run.view.note(
             f"{received.name}: finishing the step at hand, for which there are {grace_s:g} s, then a "

@@ -39,8 +39,9 @@ PING_TIMEOUT_S = 30.0
 # engine needs; and the driver takes about a thousand a second, however many generators there are.
 LINGER_S = 0.2
 LINGER_PER_GENERATOR_S = 1e-3
-# So many steps' prompts may be dropped one after another: what fails them all is no prompt's fault.
-MAX_DROPPED_STEPS = 2
+# Prompts that may be dropped one after another, of two steps and never fewer than this: what fails them
+# all is no prompt's fault.
+LEAST_DROPS = 16
 
 
 class Supervisor:
@@ -136,6 +137,19 @@ class Supervisor:
             wait.cancel()
         for task in self._failed:
             task.result()  # raises what it failed of
+
+    async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
+        """GeneratorGroup.sample, which fails with whatever is watched: no generator may ever come back."""
+        sampling = asyncio.create_task(self.group.sample(prompts, temperature, seed))
+        never = asyncio.Event()
+        sampling.add_done_callback(lambda _: self._changed.set())
+        try:
+            while not sampling.done():
+                self._changed.clear()
+                await self._wait(never)
+            return await sampling
+        finally:
+            sampling.cancel()
 
     async def _submit(self, prompts: list[Prompt]) -> None:
         shares = self._out.deal(prompts, self._roster.present())
@@ -239,10 +253,10 @@ class Supervisor:
             self._on_drop(dropped)
             self._drops_in_a_row += 1
         self._changed.set()
-        if self._drops_in_a_row >= (most := MAX_DROPPED_STEPS * self.ledger.prompts_per_step):
+        if self._drops_in_a_row >= max(LEAST_DROPS, 2 * self.ledger.prompts_per_step):
             raise RoleFailed(
-                f"{self._drops_in_a_row} prompts in a row were dropped (the bound is {most}, of "
-                f"{MAX_DROPPED_STEPS} steps), the last one because: {rollouts.dropped[-1].reason}"
+                f"{self._drops_in_a_row} prompts in a row were dropped, the last one because: "
+                f"{rollouts.dropped[-1].reason}"
             )
 
     def _out_there(self, place: int) -> str:

@@ -66,8 +66,8 @@ def load_supervised(path: str, tokenizer: Any, max_tokens: int) -> SupervisedBat
     completion, or a row longer than `max_tokens`.
     """
     rows = read_rows(path, any_of=("completion", "messages"))
-    encoded = [_encode(f"{path}: row {i}", row, tokenizer) for i, row in enumerate(rows)]
-    for i, (prompt, completion) in enumerate(encoded):
+    encoded = [_encode(f"{path}: row {i}", row, tokenizer) for i, row in enumerate(rows, 1)]
+    for i, (prompt, completion) in enumerate(encoded, 1):
         if len(prompt) + len(completion) > max_tokens:
             raise ValueError(
                 f"{path}: row {i} has {len(prompt) + len(completion)} tokens, max_tokens is {max_tokens}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 # How an environment variable, or a parameter in a URL, is named that holds one.
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.I)
@@ -21,7 +21,14 @@ class FunctionScorerConfig(StrictModel):
     """A Python function of the user's: `module:function`, requests in, scores out."""
 
     kind: Literal["function"]
-    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    function: str
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, given: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", given):
+            raise ValueError(f"{given!r:.60} names no function; write module:function")
+        return given
 
 
 class RewardModelScorerConfig(StrictModel):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 import os
 import sys
+import sysconfig
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from reward_service.api import (
@@ -24,6 +28,8 @@ from reward_service.api import (
     check_results,
     one_line,
 )
+
+HERE = Path(__file__).parent
 
 
 class FunctionScorer:
@@ -64,7 +70,8 @@ class FunctionScorer:
         except RewardFailure:
             raise
         except Exception as error:
-            raise ScorerRaised(f"{self._name} raised {one_line(error)}") from error
+            logging.getLogger(__name__).warning("%s raised", self._name, exc_info=error)
+            raise ScorerRaised(f"{self._name} raised {one_line(error)}{_where(error)}") from error
 
 
 class SumScorer:
@@ -113,6 +120,19 @@ class SumScorer:
     async def close(self) -> None:
         for _, scorer in self._parts.values():
             await scorer.close()
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of the user's own code, if there is one: neither ours nor a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).parent != HERE and not _is_installed(f.filename)]
+    return f" ({own[-1].filename}:{own[-1].lineno} in {own[-1].name})" if own else ""
+
+
+def _is_installed(filename: str) -> bool:
+    return filename.startswith("<") or any(
+        filename.startswith(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")
+    )
 
 
 def as_result(trajectory_id: str, value: object) -> ScoreResult:

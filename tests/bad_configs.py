@@ -163,10 +163,10 @@ CASES: dict[str, Case] = {
         lambda w: rows(w, {"question": "a"}), ("bad.jsonl", "'prompt' or 'messages'", "question")
     ),
     "an empty prompt": Case(
-        lambda w: rows(w, {"prompt": "a"}, {"prompt": ""}), ("row 1", "empty", "remove the row")
+        lambda w: rows(w, {"prompt": "a"}, {"prompt": ""}), ("row 2", "empty", "remove the row")
     ),
     "a prompt of blanks": Case(
-        lambda w: rows(w, {"prompt": "a"}, {"prompt": " \n"}), ("row 1", "empty", "remove the row")
+        lambda w: rows(w, {"prompt": "a"}, {"prompt": " \n"}), ("row 2", "empty", "remove the row")
     ),
     "a prompt_id twice": Case(
         lambda w: rows(w, *[{"prompt": c, "prompt_id": "x7"} for c in "ab"]),
@@ -177,14 +177,14 @@ CASES: dict[str, Case] = {
         ("1 of 2 prompts", "24 tokens", "p1 with 25", "on_too_long: drop"),
     ),
     "metadata that is no object": Case(
-        lambda w: rows(w, {"prompt": "a", "metadata": "{"}), ("row 0", "metadata is not JSON")
+        lambda w: rows(w, {"prompt": "a", "metadata": "{"}), ("row 1", "metadata is not JSON")
     ),
     "messages of another form": Case(
-        lambda w: rows(w, {"messages": "hello"}), ("row 0", "messages is no list")
+        lambda w: rows(w, {"messages": "hello"}), ("row 1", "messages is no list")
     ),
     "messages without a chat template": Case(
         lambda w: {**rows(w, {"messages": [{"role": "user", "content": "a"}]}), "policy": str(w.stranger)},
-        ("row 0", "has messages", "no chat template", "use a prompt column"),
+        ("row 1", "has messages", "no chat template", "use a prompt column"),
     ),
     "no policy": changes({"policy": "nowhere"}, "policy: nowhere", "no config.json", "stage before"),
     "a policy without safetensors": Case(
@@ -224,6 +224,10 @@ CASES: dict[str, Case] = {
     ),
     "no reward model": changes(
         {"reward.scorer": {"kind": "reward_model", "path": "nowhere"}}, "reward.scorer: nowhere"
+    ),
+    "a language model as the reward model": Case(
+        lambda w: {"reward.scorer": {"kind": "reward_model", "path": str(w.policy)}},
+        ("reward.scorer: ", "ForCausalLM is no reward model", "`raylign reward-model`"),
     ),
     "a reward function that does not import": changes(
         {"reward.scorer.function": "no_such_module:score"},

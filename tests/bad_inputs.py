@@ -237,7 +237,7 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     "more GPUs than there are": Kind(
         with_few_gpus, ("5 GPUs", "4 for generators", "the cluster has 1", "lower the counts")
     ),
-    "a disk without room for two checkpoints": Kind(
+    "a disk without room for its checkpoints": Kind(
         with_little_room, ("runs_dir", "free", "make room")
     ),
     "more generators than memory": Kind(
@@ -326,6 +326,10 @@ FILES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "a config that is one text": ("just words", ("not a mapping", "see examples/")),
     "a config that is empty": ("", ("not a mapping",)),
     "a config of a stage that is none": ("stage: nonsense\nname: x", ("stage",)),
+    "a config with a key that stands twice": (
+        "stage: train\nname: x\nname: y",
+        ("not YAML", "name stands twice", "line 3"),
+    ),
 }
 
 
@@ -341,6 +345,11 @@ def of_file(content: str | None, command: str = "train") -> Prepare:
 
 CONFIG_FILES = {
     name: Kind(of_file(content), ("given.yaml", *named)) for name, (content, named) in FILES.items()
+} | {
+    "a config of another stage": Kind(
+        of_file("stage: sft\nname: x\nmodel: m"),
+        ("given.yaml: stage: sft", "`raylign sft`", "stage: train is wanted"),
+    )
 }
 
 # ---- other commands
@@ -487,10 +496,10 @@ SFT = {
         {"sft.data": "bad.jsonl"}, "bad.jsonl", "'completion'", row={"text": "a"}
     ),
     "SFT: an empty completion": sft(
-        {"sft.data": "bad.jsonl"}, "row 0", "empty", row={"prompt": "a", "completion": ""}
+        {"sft.data": "bad.jsonl"}, "row 1", "empty", row={"prompt": "a", "completion": ""}
     ),
     "SFT: a row that is too long": sft(
-        {"sft.data": "bad.jsonl"}, "row 0", "max_tokens",
+        {"sft.data": "bad.jsonl"}, "row 1", "max_tokens",
         row={"prompt": "a", "completion": "1" * 20},
     ),
     "SFT: a value out of bounds": sft({"sft.optimizer.lr": -1}, "sft.optimizer.lr"),

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from actors.trajectory import TRAJECTORY_SCHEMA, Trajectory, to_table, trajectory_id
 from cluster.audit import AuditResult, audit
 from cluster.config import BadInput
+from cluster.heartbeat import here
 
 NUM_PROMPTS, SAMPLES, BATCH, STEPS = 6, 2, 4, 7  # 3 steps an epoch; the run ends in the third
 SCHEMA = (
@@ -166,7 +167,7 @@ def nothing_trained(folder: Path, state: str | None, pid: int) -> Path:
     run = make_run(folder, steps=0, drops=0)
     shutil.rmtree(run / "checkpoints")
     if state is not None:
-        status = {"state": state, "pid": pid, "updated_at": time.time()}
+        status = {**here(), "state": state, "pid": pid, "updated_at": time.time()}
         (run / "status.json").write_text(json.dumps(status))
     return run
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.config import (
+    BOUNDS,
     BadInput,
     RewardRunConfig,
     RunConfig,
@@ -173,7 +174,7 @@ def test_no_number_is_nan_or_infinite(load: Any, key: str, value: float) -> None
         ({"ppo.behavior_ratio_cap": 2.0, "ppo.anchor": "behavior"}, ("behavior_ratio_cap",)),
         ({"ppo.value_init": "x", "ppo.value_model": "shared"}, ("value_init",)),
         ({"reward.scorer.function": "no_colon"}, ("reward.scorer", "no_colon")),
-        ({"stage": "sft"}, ("stage", "'train'")),
+        ({"stage": "sft"}, ("stage: sft", "stage: train is wanted")),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_its_place(
@@ -272,6 +273,14 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
             load_config(tmp_path / name, [], RunConfig)
     with pytest.raises(BadInput, match="no such config file"):
         load_config(tmp_path, [], RunConfig)
+
+
+@pytest.mark.parametrize("dtype", ["generators.dtype", "learner.dtype"])
+def test_bounds_follow_from_the_dtypes_and_what_is_given_holds(load: Any, dtype: str) -> None:
+    assert load({}).bounds == BOUNDS["float32"]
+    assert load({dtype: "bfloat16"}).bounds == BOUNDS["bfloat16"]
+    given = load({dtype: "bfloat16", "self_check.probe": 0.25}).bounds
+    assert given == BOUNDS["bfloat16"]._replace(probe=0.25)
 
 
 def test_a_config_written_out_and_read_again_is_the_same(load: Any, tmp_path: Path) -> None:

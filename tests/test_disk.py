@@ -400,20 +400,22 @@ def test_other_errors_of_the_system_are_none(error: OSError) -> None:
 # ---- before anything begins
 
 
-def test_a_run_with_room_for_two_checkpoints_may_begin(tmp_path: Path) -> None:
-    check_disk(tmp_path / "runs/new", disk.free_bytes(tmp_path) // 3)
+def test_a_run_with_room_for_those_it_keeps_and_one_more_may_begin(tmp_path: Path) -> None:
+    check_disk(tmp_path / "runs/new", disk.free_bytes(tmp_path) // 7, keep=5)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_without_is_refused_with_both_figures(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"GiB free, two checkpoints take about .* make room"):
-        check_disk(tmp_path / "runs/new", disk.free_bytes(tmp_path))
+    with pytest.raises(
+        BadInput, match=r"GiB free, checkpoints take about .*checkpoint\.keep 5.* make room"
+    ):
+        check_disk(tmp_path / "runs/new", disk.free_bytes(tmp_path) // 5, keep=5)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(BadInput, match=r"runs_dir: .*runs is no folder that can be written to"):
-        check_disk(tmp_path / "runs/new", 0)
+        check_disk(tmp_path / "runs/new", 0, keep=2)
 
 
 def test_a_folder_of_somebody_else_is_refused(
@@ -421,4 +423,4 @@ def test_a_folder_of_somebody_else_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(BadInput, match="set runs_dir"):
-        check_disk(tmp_path / "runs/new", 0)
+        check_disk(tmp_path / "runs/new", 0, keep=2)

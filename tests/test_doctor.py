@@ -207,8 +207,11 @@ def test_another_models_folder_is_checked_as_the_policys_is(
         check_inputs(load({key: str(copy)}))
 
 
-def test_a_reward_model_of_another_vocabulary_may_read_text(load: Any, stranger: Path) -> None:
-    scorer = {"kind": "reward_model", "path": str(stranger)}
+def test_a_reward_model_of_another_vocabulary_may_read_text(
+    load: Any, stranger: Path, tmp_path: Path
+) -> None:
+    path = tiny.as_reward_model(stranger, tmp_path / "reward")
+    scorer = {"kind": "reward_model", "path": str(path)}
     with pytest.raises(BadInput, match=r"^reward\.scorer: .* its tokenizer is not the policy's"):
         check_inputs(load({"reward.scorer": scorer}))
     check_inputs(load({"reward.scorer": scorer | {"input": "text"}}))
@@ -232,8 +235,9 @@ def test_the_evaluations_prompts_and_judge_are_checked_too(load: Any, tmp_path: 
 
 @pytest.mark.parametrize("key", ["reference", "ppo.value_init", "reward.scorer"])
 def test_a_model_that_reads_the_policys_tokens_has_a_place_for_each(
-    load: Any, copy: Path, key: str
+    load: Any, policy: Path, tmp_path: Path, key: str
 ) -> None:
+    copy = tiny.as_reward_model(policy, tmp_path / "reward")
     scorer = {"kind": "reward_model", "path": str(copy)}
     config = load({key: scorer if key == "reward.scorer" else str(copy)})
     edit(copy / "config.json", max_position_embeddings=13)  # prompts of 5 tokens, completions of 8

@@ -157,20 +157,20 @@ def test_of_messages_the_last_is_the_completion_and_the_template_makes_the_promp
 GOOD = {"prompt": "a", "completion": "b"}
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
 REFUSED = {
-    "too long": ({"prompt": "a" * 9, "completion": "b"}, "row 1 has 11 tokens, max_tokens is 10"),
-    "empty completion": ({"prompt": "a", "completion": ""}, "row 1: prompt or completion is empty"),
-    "no prompt": ({"completion": "b"}, "row 1: prompt or completion is empty"),
+    "too long": ({"prompt": "a" * 9, "completion": "b"}, "row 2 has 11 tokens, max_tokens is 10"),
+    "empty completion": ({"prompt": "a", "completion": ""}, "row 2: prompt or completion is empty"),
+    "no prompt": ({"completion": "b"}, "row 2: prompt or completion is empty"),
     "null completion": (
         {"prompt": "a", "completion": None},
-        "row 1: prompt or completion is empty",
+        "row 2: prompt or completion is empty",
     ),
-    "no answer": ({"messages": [USER]}, "row 1: messages must hold a context and end with the"),
-    "no context": ({"messages": [ASSISTANT]}, "row 1: messages must hold a context and end with"),
-    "user last": ({"messages": [ASSISTANT, USER]}, "row 1: messages must hold a context and end"),
-    "no messages": ({"messages": []}, "row 1: messages must hold a context and end with the"),
+    "no answer": ({"messages": [USER]}, "row 2: messages must hold a context and end with the"),
+    "no context": ({"messages": [ASSISTANT]}, "row 2: messages must hold a context and end with"),
+    "user last": ({"messages": [ASSISTANT, USER]}, "row 2: messages must hold a context and end"),
+    "no messages": ({"messages": []}, "row 2: messages must hold a context and end with the"),
     "empty answer": (
         {"messages": [USER, {**ASSISTANT, "content": ""}]},
-        "row 1: prompt or completion is empty",
+        "row 2: prompt or completion is empty",
     ),
 }
 

@@ -65,7 +65,10 @@ def test_who_runs_where_and_what_each_takes(load: Any, tmp_path: Path, policy: P
     changes = {
         "generators.count": 2,
         "learner.ranks": 2,
-        "reward.scorer": {"kind": "reward_model", "path": str(policy)},
+        "reward.scorer": {
+            "kind": "reward_model",
+            "path": str(tiny.as_reward_model(policy, tmp_path / "reward")),
+        },
         "evaluation": {"prompts": {"path": held_out}, "scorer": FUNCTION},
     }
     rows = dict(plan(load(changes), check_inputs(load(changes))))

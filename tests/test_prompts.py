@@ -79,7 +79,7 @@ def test_messages_without_a_chat_template_are_refused(tmp_path: Path, stranger: 
     path = tiny.write_jsonl(
         tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]
     )
-    with pytest.raises(ValueError, match="row 0: has messages, but the tokenizer has no chat"):
+    with pytest.raises(ValueError, match="row 1: has messages, but the tokenizer has no chat"):
         load_prompts(PromptsConfig(path=path), load_tokenizer(stranger), ROOMY)
 
 
@@ -90,14 +90,14 @@ def test_messages_without_a_chat_template_are_refused(tmp_path: Path, stranger: 
 def test_messages_of_another_form_name_their_row(load: Any, messages: Any) -> None:
     good = {"messages": [{"role": "user", "content": "x"}]}
     said = refusal(load, [good, {"messages": messages}])
-    assert "row 1: messages" in said
+    assert "row 2: messages" in said
 
 
 def test_messages_that_the_template_refuses_name_their_row(tmp_path: Path, policy: Path) -> None:
     tokenizer = load_tokenizer(policy)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"messages": [{"role": "u", "content": "x"}]}])
-    with pytest.raises(ValueError, match=r"row 0: refused .*roles must alternate"):
+    with pytest.raises(ValueError, match=r"row 1: refused .*roles must alternate"):
         load_prompts(PromptsConfig(path=path), tokenizer, ROOMY)
 
 
@@ -118,7 +118,7 @@ def test_answer_and_metadata_reach_the_scorer_as_text_and_object(load: Any) -> N
 
 @pytest.mark.parametrize("metadata", ["{not json", "[1, 2]", [1], 3])
 def test_metadata_that_is_no_json_object_names_its_row(load: Any, metadata: Any) -> None:
-    assert "row 0: metadata" in refusal(load, [{"prompt": "a", "metadata": metadata}])
+    assert "row 1: metadata" in refusal(load, [{"prompt": "a", "metadata": metadata}])
 
 
 def test_metadata_that_a_checkpoint_could_not_hold_is_refused(
@@ -126,7 +126,7 @@ def test_metadata_that_a_checkpoint_could_not_hold_is_refused(
 ) -> None:
     rows = [{"prompt": "a", "metadata": {"day": datetime.date(2026, 1, 1)}}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match="row 0: metadata is not JSON"):
+    with pytest.raises(ValueError, match="row 1: metadata is not JSON"):
         load_prompts(PromptsConfig(path=str(tmp_path / "p.parquet")), tokenizer, ROOMY)
 
 
@@ -146,7 +146,7 @@ def test_a_prompt_id_that_stands_twice_is_refused(load: Any, rows: list[Any]) ->
 
 @pytest.mark.parametrize("text", ["", " \n", None, 3, ["a"]])
 def test_a_prompt_that_is_empty_or_no_text_names_its_row(load: Any, text: Any) -> None:
-    assert "row 1: the prompt is empty" in refusal(load, [{"prompt": "a"}, {"prompt": text}])
+    assert "row 2: the prompt is empty" in refusal(load, [{"prompt": "a"}, {"prompt": text}])
 
 
 def test_a_prompt_of_which_the_tokenizer_leaves_nothing_names_its_row(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_prompt_of_which_the_tokenizer_leaves_nothing_names_its_row(tmp_path: 
         return SimpleNamespace(input_ids=[] if text == "\u200b" else [1])
 
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u200b"}])
-    with pytest.raises(ValueError, match="row 1: the prompt has no tokens"):
+    with pytest.raises(ValueError, match="row 2: the prompt has no tokens"):
         load_prompts(PromptsConfig(path=path), forgetful, ROOMY)
 
 

@@ -137,6 +137,20 @@ async def test_an_exception_is_named_in_one_line(monkeypatch, error: BaseExcepti
     assert "Traceback" not in message
 
 
+async def test_where_a_function_failed_is_told_and_its_stack_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(
+        "import json\n\ndef parse(text):\n    return json.loads(text)\n\n"
+        "def score(asked):\n    return [parse(request.prompt) for request in asked]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ScorerRaised, match=r"\(.*/broken_rewards\.py:4 in parse\)$"):
+        await FunctionScorer("broken_rewards:score").score(requests(1))
+    assert "broken_rewards.py" in caplog.text
+    assert "JSONDecodeError" in caplog.text
+
+
 async def test_a_failure_the_function_raises_itself_keeps_its_kind(monkeypatch) -> None:
     def raising(asked: list[ScoreRequest]) -> list[float]:
         raise ScoreTimeout("judge is slow")

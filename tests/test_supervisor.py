@@ -663,16 +663,40 @@ async def test_held_out_samples_may_take_long_while_their_generator_finishes_som
     assert drawn == [(id(workers[0]), f"p{i}") for i in range(4)]  # of the other nothing came
 
 
+async def test_a_sample_fails_with_the_run_when_nobody_can_come_back(make: Make) -> None:
+    supervisor, workers = make(2, workers=1, spares=[], max_restarts=0)
+    await opened(supervisor)
+    workers[0].dead = True
+    with pytest.raises(RoleFailed, match=r"generators\.max_restarts allows no more"):
+        await asyncio.wait_for(supervisor.sample([tiny.prompt(0)], 1.0, 0), LONG_S)
+
+
+async def test_samples_come_through_the_supervisor_as_they_are(make: Make) -> None:
+    supervisor, workers = make(2, workers=1, spares=[])
+    await opened(supervisor)
+    assert await supervisor.sample([tiny.prompt(3)], 1.0, 0) == [(id(workers[0]), "p3")]
+
+
+async def test_first_weights_that_all_reject_end_the_run_at_once(make: Make) -> None:
+    """Whoever came in their place would reject them, too."""
+    supervisor, workers = make(2, spares=[FakeWorker() for _ in range(4)])
+    await supervisor.group.agree_layout(LAYOUT)
+    for worker in workers:
+        worker.rejects = True
+    with pytest.raises(RoleFailed, match="the digest is another"):
+        await asyncio.wait_for(supervisor.push(UPDATE), LONG_S)
+
+
 async def test_prompts_that_are_all_dropped_end_the_run_and_their_reason_is_told(
     make: Make,
 ) -> None:
     supervisor, workers = make(2, workers=1, by_itself=False, prompts=50)
     await admit(supervisor, 0)
     taking = asyncio.create_task(take(supervisor))
-    for number in range(4):
+    for number in range(16):
         await until(lambda name=f"p{number}": name in workers[0].out)
         workers[0].drop(f"p{number}", "connection refused")
-    with pytest.raises(RoleFailed, match=r"4 prompts in a row .* because: connection refused"):
+    with pytest.raises(RoleFailed, match=r"16 prompts in a row .* because: connection refused"):
         await asyncio.wait_for(taking, LONG_S)
 
 
@@ -680,15 +704,15 @@ async def test_drops_with_a_finished_prompt_between_them_do_not(make: Make) -> N
     supervisor, workers = make(2, workers=1, by_itself=False, prompts=50)
     await admit(supervisor, 0)
     taking = asyncio.create_task(take(supervisor))
-    for number in range(5):
+    for number in range(17):
         await until(lambda name=f"p{number}": name in workers[0].out)
-        if number == 2:
-            workers[0].finish("p2")
+        if number == 14:
+            workers[0].finish("p14")
         else:
             workers[0].drop(f"p{number}", "connection refused")
-    await until(lambda: "p5" in workers[0].out)
-    workers[0].finish("p5")
-    assert await asyncio.wait_for(taking, LONG_S) == ["p2", "p5"]
+    await until(lambda: "p17" in workers[0].out)
+    workers[0].finish("p17")
+    assert await asyncio.wait_for(taking, LONG_S) == ["p14", "p17"]
 
 
 async def test_a_push_that_failed_with_the_learner_is_forgotten_by_a_reset(make: Make) -> None:

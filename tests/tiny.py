@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,3 +110,13 @@ def trajectory(number: int = 0, epoch: int = 0, sample: int = 0, **changes: Any)
         "score_s": 0.125,
     }
     return Trajectory(**given | changes)
+
+
+def as_reward_model(source: Path, folder: Path) -> Path:
+    """A copy of a model's folder whose config says that it is one; its weights are as they were."""
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    kind = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    path.write_text(json.dumps(config | kind))
+    return folder

@@ -18,6 +18,9 @@ import pytest
 from cluster import ray_auth
 from cluster.placement import Member, RoleFailed, ask, ask_beside
 from cluster.ray_host import RayHost
+from cluster.roles import RewardRole
+from reward_service.api import ScoreRequest
+from reward_service.config import RewardServiceConfig
 from reward_service.sandbox import IsolationMissing, require_isolation, run_python
 
 LARGE = 300_000  # beyond what Ray sends along with the answer: it lies in the object store
@@ -78,6 +81,27 @@ async def test_a_failure_is_raised_with_the_answer(host: RayHost) -> None:
     worker = start(host, Worker)
     with pytest.raises(RoleFailed, match="broken: ValueError: no such token"):
         await ask_beside(worker, worker.handle.broken, within=60)
+
+
+async def test_what_a_reward_function_prints_is_in_its_log_without_secrets(
+    host: RayHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "talkative.py").write_text(
+        "import os, sys\n\ndef score(asked):\n    print('scoring', len(asked))\n"
+        "    print('with', os.environ['REWARD_TOKEN'], file=sys.stderr)\n    return [1.0] * len(asked)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    given = {"scorer": {"kind": "function", "function": "talkative:score"}}
+    config = RewardServiceConfig.model_validate(given)
+    log = tmp_path / "reward.log"
+    member = host.start(
+        "talkative", RewardRole, "reward", config, True, log,
+        env={"REWARD_TOKEN": "a-long-secret"},
+    )  # fmt: skip
+    request = ScoreRequest("t0", "p", "c", (2,), (3, 1), "stop")
+    (result,) = await ask(member, member.handle.score, [request], within=60)
+    assert result.score == 1.0
+    assert log.read_text() == "scoring 1\nwith ***\n"
 
 
 def test_our_own_ray_answers_none_but_us(host: RayHost) -> None:

@@ -18,6 +18,7 @@ from actors.weight_segment import SegmentInUse, WrittenSegment
 from actors.weight_update import (
     NeedsAll,
     Probe,
+    Refused,
     WeightLayout,
     WeightsRejected,
     WeightUpdate,
@@ -39,7 +40,10 @@ class Bench:
     version: int = 0
 
     def receiver(self, method: str, *given: Any) -> Any:
-        return self.engine.collective_rpc(method, args=given)[0]
+        answer = self.engine.collective_rpc(method, args=given)[0]
+        if isinstance(answer, Refused):
+            raise answer.error
+        return answer
 
     def image(self) -> np.ndarray:
         """New weights in transformers' model; its bytes by the layout."""
