@@ -57,7 +57,9 @@ class ScoreResponse:
             raise InvalidScore(f"{self.trajectory_id}: {name!r:.80} is no name for a part")
         return str(name)
 
-    def _number(self, name: object, value: object) -> float:
+    def _number(self, name: object, value: Any) -> float:
+        if getattr(value, "ndim", None) == 0:  # a scalar of torch's, or of an array
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
             kind = type(value).__name__
             raise InvalidScore(f"{self.trajectory_id}: {name} is {kind}, not a number")

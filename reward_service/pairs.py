@@ -1,4 +1,8 @@
-"""Reads what a reward model is trained and normalised on, as token ids."""
+"""Reads what a reward model is trained and normalised on, as token ids.
+
+Rows are texts, or conversations: lists of role and content. Of a conversation the last message, the
+assistant's, is the reply, and all before it the prompt, which may also stand in a column of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,20 @@ class Pair(NamedTuple):
 def read_pairs(path: str, tokenizer: Any, max_tokens: int) -> list[Pair]:
     """Parquet or JSONL rows (prompt, chosen, rejected) -> token ids. ValueError names the row."""
     encode = _Encoder(path, tokenizer, max_tokens)
-    rows = read_rows(path, columns=("prompt", "chosen", "rejected"))
-    return [
-        Pair(encode(number, row, "chosen"), encode(number, row, "rejected"))
-        for number, row in enumerate(rows, 1)
-    ]
+    pairs = []
+    for number, row in enumerate(read_rows(path, columns=("chosen", "rejected")), 1):
+        pairs.append(Pair(encode(number, row, "chosen"), encode(number, row, "rejected")))
+        if _context(row["chosen"]) != _context(row["rejected"]):
+            raise ValueError(
+                f"{path}: row {number}: chosen and rejected answer different conversations; correct it"
+            )
+    return pairs
 
 
 def read_reference(path: str, tokenizer: Any, max_tokens: int) -> list[list[int]]:
     """Parquet or JSONL rows (prompt, completion) -> token ids. ValueError names the row."""
     encode = _Encoder(path, tokenizer, max_tokens)
-    rows = read_rows(path, columns=("prompt", "completion"))
+    rows = read_rows(path, columns=("completion",))
     return [encode(number, row, "completion") for number, row in enumerate(rows, 1)]
 
 
@@ -45,20 +52,61 @@ class _Encoder:
         self._path, self._tokenizer, self._max_tokens = path, tokenizer, max_tokens
 
     def __call__(self, number: int, row: dict[str, Any], reply: str) -> list[int]:
-        for name in ("prompt", reply):
-            if not isinstance(row.get(name), str):
-                kind = type(row.get(name)).__name__
-                raise ValueError(
-                    f"{self._path}: row {number}: {name} is {kind}, not text; correct it"
-                )
+        where = f"{self._path}: row {number}"
+        if isinstance(row.get(reply), list):
+            prompt, text = self._conversation(where, row, reply)
+            prompt_ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
+        else:
+            for name in ("prompt", reply):
+                if not isinstance(row.get(name), str):
+                    kind = type(row.get(name)).__name__
+                    raise ValueError(f"{where}: {name} is {kind}, not text; correct it")
+            prompt_ids, text = self._tokenizer(row["prompt"]).input_ids, row[reply]
         ids = [
-            *self._tokenizer(row["prompt"]).input_ids,
-            *self._tokenizer(row[reply], add_special_tokens=False).input_ids,
+            *prompt_ids,
+            *self._tokenizer(text, add_special_tokens=False).input_ids,
             self._tokenizer.eos_token_id,
         ]
         if len(ids) > self._max_tokens:
             raise ValueError(
-                f"{self._path}: row {number}: prompt and {reply} have {len(ids)} tokens, more than "
+                f"{where}: prompt and {reply} have {len(ids)} tokens, more than "
                 f"max_tokens {self._max_tokens}; raise it, or leave the row out"
             )
         return ids
+
+    def _conversation(self, where: str, row: dict[str, Any], reply: str) -> tuple[str, str]:
+        """The prompt as the chat template has it, and the reply."""
+        before = row.get("prompt") or []
+        messages = [*(before if isinstance(before, list) else [before]), *row[reply]]
+        if len(messages) < 2 or not all(map(_is_message, messages)):
+            raise ValueError(
+                f"{where}: {reply} with its prompt is no list of role and content objects; correct it"
+            )
+        *context, last = messages
+        if last["role"] != "assistant":
+            raise ValueError(
+                f"{where}: {reply} does not end with the assistant's message; correct it"
+            )
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{where}: {reply} is a conversation, but the tokenizer has no chat template; use texts"
+            )
+        try:
+            prompt = self._tokenizer.apply_chat_template(
+                context, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # the template is a program of the model's
+            raise ValueError(
+                f"{where}: refused by the chat template ({error}); correct it"
+            ) from None
+        return prompt, last["content"]
+
+
+def _context(reply: Any) -> Any:
+    return reply[:-1] if isinstance(reply, list) else None
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from reward_service.api import (
     InvalidScore,
@@ -77,7 +78,9 @@ async def test_a_function_that_hangs_can_be_abandoned(monkeypatch) -> None:
     assert all(thread.daemon for thread in hung)
 
 
-@pytest.mark.parametrize("number", [1, 0.5, np.float32(0.5), np.int64(3), np.float64(-1)])
+@pytest.mark.parametrize(
+    "number", [1, 0.5, np.float32(0.5), np.int64(3), np.float64(-1), torch.tensor(0.25)]
+)
 async def test_numbers_become_python_floats(monkeypatch, number: Any) -> None:
     (result,) = await answers(monkeypatch, [number]).score(requests(1))
     assert isinstance(result, ScoreResponse)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.prompts import load_tokenizer
 from reward_service import reward_training
 from reward_service.api import ScoreRequest
 from reward_service.config import RewardTrainingConfig
@@ -106,6 +107,65 @@ def test_pairs_are_prompt_reply_and_end_of_sequence(tmp_path: Path) -> None:
             for ids, reply in zip(pair, (row["chosen"], row["rejected"]), strict=True):
                 assert tokenizer.decode(ids[:-1]) == row["prompt"] + reply
                 assert ids[-1] == EOS
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASKED = [said("user", "one + one ?")]
+RIGHT, WRONG = said("assistant", "two"), said("assistant", "three")
+TALKS = {
+    "a prompt of its own": {"prompt": ASKED, "chosen": [RIGHT], "rejected": [WRONG]},
+    "whole conversations": {"chosen": [*ASKED, RIGHT], "rejected": [*ASKED, WRONG]},
+}
+
+
+@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize("file", ["pairs.jsonl", "pairs.parquet"])
+def test_conversations_are_cut_before_the_reply_as_the_chat_template_has_them(
+    tmp_path: Path, policy: Path, name: str, file: str
+) -> None:
+    tokenizer = load_tokenizer(str(policy))
+    (pair,) = read_pairs(write(tmp_path / file, [TALKS[name]]), tokenizer, 64)
+    prompt = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    before = tokenizer(prompt, add_special_tokens=False).input_ids
+    for ids, reply in zip(pair, ("two", "three"), strict=True):
+        after = tokenizer(reply, add_special_tokens=False).input_ids
+        assert ids == [*before, *after, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("row", "refusal"),
+    [
+        ({"chosen": [RIGHT], "rejected": [WRONG]}, "row 1: chosen with its prompt is no list of"),
+        ({"prompt": "a", "chosen": [RIGHT], "rejected": [WRONG]}, "row 1: chosen with its prompt"),
+        (
+            {"prompt": ASKED, "chosen": ASKED, "rejected": [WRONG]},
+            "row 1: chosen does not end with",
+        ),
+        (
+            {"chosen": [*ASKED, RIGHT], "rejected": [said("user", "two ?"), WRONG]},
+            "row 1: chosen and rejected answer different conversations",
+        ),
+        (
+            {"prompt": ASKED, "chosen": [RIGHT], "rejected": "three"},
+            "row 1: prompt is list, not text",
+        ),
+    ],
+    ids=["no prompt", "a text before", "no reply", "two prompts", "half a conversation"],
+)
+def test_conversations_that_are_none_are_refused(
+    tmp_path: Path, policy: Path, row: dict[str, Any], refusal: str
+) -> None:
+    with pytest.raises(ValueError, match=refusal):
+        read_pairs(write(tmp_path / "pairs.jsonl", [row]), load_tokenizer(str(policy)), 64)
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [TALKS["whole conversations"]])
+    with pytest.raises(ValueError, match="no chat template; use texts"):
+        read_pairs(path, tiny_tokenizer(), 64)
 
 
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
