@@ -143,7 +143,7 @@ class RewardRole(RewardService):
         self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path
     ) -> None:
         settle_in(log_file)
-        if "ray" in sys.modules:  # nobody would see what a reward function prints
+        if _is_actor():  # nobody would see what a reward function prints
             sys.stdout = sys.stderr = _Printed(log_file)
         self._name = name
         with fast_import():
@@ -198,6 +198,14 @@ class _Printed(io.TextIOBase):
         self._file.flush()
 
 
+def _is_actor() -> bool:
+    if "ray" not in sys.modules:
+        return False
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
 def settle_in(path: Path) -> None:
     """Work where the driver works, so that relative paths mean the same; and send this process's
     warnings, and the stacks of a crash, into the run's own log of this actor."""
@@ -208,5 +216,5 @@ def settle_in(path: Path) -> None:
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger().addHandler(handler)
-    if "ray" in sys.modules:  # in one process the terminal is the better place
+    if _is_actor():  # in one process the terminal is the better place
         faulthandler.enable(path.open("a"))

@@ -202,11 +202,12 @@ def never(version: int, count: int) -> bool:
 
 
 def first_of_version(wanted: int) -> Spoil:
-    """The first prompt that is sampled from that version, and no other."""
+    """The first prompt that is sampled from that version or a newer one, for two may come close together;
+    and no other."""
     spoilt: list[int] = []
 
     def spoil(version: int, count: int) -> bool:
-        if version == wanted and not spoilt:
+        if version >= wanted and not spoilt:
             spoilt.append(count)
             return True
         return False
