@@ -12,7 +12,7 @@ import asyncio
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,10 +53,7 @@ def ask_to_scale(run_dir: Path, generators: int) -> str:
             f"{run_dir}: this run does not go on now ({state}); --resume generators.count={generators} "
             "goes on with as many"
         )
-    request = Request(generators, config.generators.count, time.time())
-    aside = run_dir / (REQUEST + ".partial")
-    aside.write_text(json.dumps(asdict(request)))
-    os.replace(aside, run_dir / REQUEST)
+    _write(run_dir, Request(generators, config.generators.count, time.time()))
     return (
         f"{run_dir.name}: asked for generators.count={generators}; `raylign status {run_dir}` tells when "
         "they are there"
@@ -93,6 +90,8 @@ async def watch_scale(run: Run) -> None:
             facts = {"asked": request.generators, "generators": there, "reason": str(error)}
             run.files.event("scale_failed", **facts)
             run.view.note(f"WARNING: {error}; going on with {there} generators")
+            request = replace(request, generators=there)  # or a resume would fail of it
+            _write(run.files.folder, request)
         done = request
 
 
@@ -126,8 +125,15 @@ def _check_memory(config: RunConfig, added: int) -> None:
         )
 
 
+def _write(run_dir: Path, request: Request) -> None:
+    aside = run_dir / (REQUEST + ".partial")
+    aside.write_text(json.dumps(asdict(request)))
+    os.replace(aside, run_dir / REQUEST)
+
+
 def _read(run_dir: Path) -> Request | None:
+    """What was asked for last; None where there is nothing, or what the command did not write."""
     try:
         return Request(**json.loads((run_dir / REQUEST).read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):
         return None

@@ -108,6 +108,7 @@ async def test_what_cannot_be_had_is_told_once_and_the_run_goes_on(
     assert (run.events[0]["asked"], run.events[0]["generators"]) == (3, 2)
     assert "no place for 1 GPUs" in run.events[0]["reason"]
     assert any("going on with 2" in said for said in run.said)
+    assert scale.scaled(config, tmp_path) == config  # nor does a resume ask for it again
 
 
 async def test_a_learner_that_is_lost_meanwhile_delays_it_only(
