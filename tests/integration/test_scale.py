@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from cluster.audit import audit
+from cluster.config import BadInput
+from cluster.run_status import status
+from cluster.scale import ask_to_scale
 from tests.integration.runs import Workshop, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -16,14 +20,6 @@ NAME = "scaled"
 def scaled(workshop: Workshop) -> list[tuple[int, int]]:
     events = [event for event in workshop.events(NAME) if event["event"] == "scaled"]
     return [(event["instead_of"], event["generators"]) for event in events]
-
-
-def ask(workshop: Workshop, generators: int) -> str:
-    done = workshop.command(
-        "scale", NAME, "--generators", str(generators), "--runs-dir", str(workshop.runs)
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def last(workshop: Workshop) -> dict[str, Any]:
@@ -47,14 +43,14 @@ def test_generators_come_and_go_and_every_prompt_is_trained_once(workshop: Works
     )
     process = workshop.start("train", str(config), log=workshop.folder / "scaled.log")
     wait_until(lambda: len(workshop.metrics(NAME)) >= 2, "two steps")
-    assert "generators.count=3" in ask(workshop, 3)
+    folder = workshop.runs / NAME
+    assert "generators.count=3" in ask_to_scale(folder, 3)
     wait_until(lambda: scaled(workshop) == [(1, 3)], "three generators")
     wait_until(lambda: last(workshop)["rollout/generators"] == 3, "a step of three")
-    ask(workshop, 2)
+    ask_to_scale(folder, 2)
     wait_until(lambda: scaled(workshop) == [(1, 3), (3, 2)], "two generators")
     wait_until(lambda: last(workshop)["rollout/generators"] == 2, "a step of two")
-    told = workshop.command("status", NAME, "--runs-dir", str(workshop.runs)).stdout
-    assert "generators   2" in told
+    assert "generators   2" in status(folder)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 143
 
@@ -64,8 +60,6 @@ def test_generators_come_and_go_and_every_prompt_is_trained_once(workshop: Works
     assert last(workshop)["step"] == steps + 2
     assert last(workshop)["rollout/generators"] == 2
     assert not [event for event in workshop.events(NAME) if event["event"] == "generator_lost"]
-    audited = workshop.command("audit", NAME, "--runs-dir", str(workshop.runs))
-    assert audited.returncode == 0, audited.stdout
-    over = workshop.command("scale", NAME, "--generators", "3", "--runs-dir", str(workshop.runs))
-    assert over.returncode == 2
-    assert "--resume generators.count=3" in over.stderr
+    assert audit(folder).violation is None
+    with pytest.raises(BadInput, match=r"--resume generators\.count=3"):
+        ask_to_scale(folder, 3)
