@@ -38,7 +38,8 @@ from actors.rollout_worker import Rollouts
 from actors.trajectory import Key, Prompt, packed, select
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from benchmarks import work
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView

@@ -27,7 +27,8 @@ from actors.prompts import PromptStream
 from actors.vllm_engine import CPU_ENGINE_ENV
 from benchmarks import work
 from benchmarks.raw_parts import raw_engine
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from actors.config import PromptsConfig
 from actors.trajectory import SCHEMA_VERSION
 from cluster import checkpoints
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.run_status import RunRecord, read_run
 from reward_service.rows import read_rows
 

@@ -15,14 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.config import (
-    BadInput,
-    RewardRunConfig,
-    RunConfig,
-    SFTRunConfig,
-    Stage,
-    load_config,
-)
+from cluster.config import BadInput, RewardRunConfig, RunConfig, SFTRunConfig
+from cluster.config_file import Stage, load_config
 
 app = typer.Typer(
     add_completion=False,

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from actors.prompts import load_tokenizer
 from cluster import checkpoints, replay_bundle
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.doctor import Inputs
 from cluster.model_folder import policy_config
 from cluster.specs import learner_spec

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.disk import gib
 from cluster.fit import available_bytes, own_ray, with_value
 from cluster.learner_group import LearnerLost

@@ -192,7 +192,8 @@ def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
 
     def resume(world: World, _: pytest.MonkeyPatch) -> list[str]:
         run = begun_run(world)
-        from cluster.config import RunConfig, load_config
+        from cluster.config import RunConfig
+        from cluster.config_file import load_config
 
         config = load_config(run / "config.yaml", [], RunConfig).model_dump(mode="json")
         break_it(run, write_checkpoint(run, config))

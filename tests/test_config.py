@@ -11,15 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.config import (
-    BOUNDS,
-    BadInput,
-    RewardRunConfig,
-    RunConfig,
-    SFTRunConfig,
-    known_keys,
-    load_config,
-)
+from cluster.config import BOUNDS, BadInput, RewardRunConfig, RunConfig, SFTRunConfig
+from cluster.config_file import known_keys, load_config
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

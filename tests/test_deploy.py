@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from cluster import grafana
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.gpus import gpus_of
 from cluster.metrics import METRICS, gauge_name
 from cluster.stop import ENDING_S

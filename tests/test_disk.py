@@ -20,7 +20,8 @@ from rich.console import Console
 from actors.trajectory import to_table
 from cluster import checkpoints, cli, disk
 from cluster.checkpoints import CheckpointFailed, newest_intact
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.disk import check_disk, refusal_of
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster import versions
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.doctor import FIXED_IN_PPO, FIXED_ON_RESUME, check_inputs, check_resume
 from cluster.shapes import Shape
 from cluster.versions import check_versions, declared_ranges

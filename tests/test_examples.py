@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.config import RewardRunConfig, RunConfig, SFTRunConfig, load_config
+from cluster.config import RewardRunConfig, RunConfig, SFTRunConfig
+from cluster.config_file import load_config
 from examples import data_folder
 from examples.arithmetic import generate as arithmetic
 from examples.arithmetic.rewards import exact_answer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cluster import fit, gpus
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.fit import Room, available_bytes, check_fit, too_much, with_value
 from cluster.gpus import check_gpus, gpus_of
 from cluster.memory import cache_needed, needs

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import end_to_end, growth, work
 from cluster import memory
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.memory import Need, activation_bytes, cache_needed, microbatches, needs
 from cluster.model_folder import model_config
 from cluster.shapes import Shape, Shapes, read_shapes

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster import pace
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.core_rate import core_rates
 from cluster.pace import step_seconds, work
 from cluster.shapes import Shape, Shapes

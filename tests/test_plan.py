@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster import plan as plan_module
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.doctor import check_inputs
 from cluster.plan import plan, resources, show
 from tests import tiny

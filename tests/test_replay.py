@@ -26,7 +26,8 @@ from actors.trajectory import Prompt, keys_of, packed, to_table
 from actors.weight_update import WeightUpdate
 from cluster import checkpoints, cli, replay_bundle, run_state
 from cluster.audit import audit
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.doctor import check_inputs
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger

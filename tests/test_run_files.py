@@ -11,7 +11,8 @@ import pytest
 
 from actors.scored import Dropped
 from cluster.checkpoints import run_id
-from cluster.config import BadInput, RunConfig, load_config
+from cluster.config import BadInput, RunConfig
+from cluster.config_file import load_config
 from cluster.dropped import rolled_out, too_long
 from cluster.run_files import RunFiles
 from tests import tiny

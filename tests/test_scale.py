@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from cluster import cli, fit, scale
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
+from cluster.config_file import load_config
 from cluster.heartbeat import here
 from cluster.learner_group import LearnerLost
 from cluster.placement import InProcessHost, RoleFailed
