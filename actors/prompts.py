@@ -11,6 +11,7 @@ import numpy as np
 
 from actors.config import PromptsConfig
 from actors.trajectory import Prompt
+from reward_service.chat import chat_prompt, is_message
 from reward_service.rows import read_rows
 
 
@@ -88,18 +89,9 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
 
 def _chat_text(where: str, messages: Any, tokenizer: Any) -> str:
     # Checked here, because a template turns nearly anything into some text.
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
         raise ValueError(f"{where}: messages is no list of role and content objects; correct it")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program of the model's
-        raise ValueError(f"{where}: refused by the chat template ({error}); correct it") from None
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
-    )
+    return chat_prompt(where, messages, tokenizer)
 
 
 def _metadata(where: str, value: Any) -> Mapping[str, Any]:

@@ -84,7 +84,6 @@ def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
     # A small one: it is not pushed, and four receivers of the largest size need the memory.
     small = replace(work.TINY, vocabulary=shape.vocabulary)
     reference = work.write_model(options.folder / f"push-reference-{small.vocabulary}", small)
-    loose = {"probe": 1.0} if dtype == "bfloat16" else {}
     given = {
         "generators.dtype": dtype,
         "generators.kv_cache_bytes": 1 << 26,
@@ -95,7 +94,6 @@ def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
         "ppo.advantage": "reinforce++",  # no critic: it is not pushed
         "reference": str(reference),
         "too_little_memory": "warn",  # the largest size is pushed and never trained
-        "self_check": loose,
     }
     return RunConfig.model_validate(
         work.config(options.folder, f"push-{size}-{way}", model, **given | changes)

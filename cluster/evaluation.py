@@ -19,14 +19,13 @@ import pyarrow.parquet as pq
 from actors.trajectory import Completion, Prompt
 from cluster.config import EvaluationConfig
 from cluster.learner_group import LearnerGroup
-from cluster.placement import Member, RoleFailed, ask
+from cluster.placement import FOREVER_S, Member, RoleFailed, ask
 from cluster.supervisor import Supervisor
 from learner.learner_spec import Samples
 from reward_service.api import RewardFailure, ScoreRequest, ScoreResponse, ScoreResult
 from reward_service.client import RewardClient
 from reward_service.config import RewardServiceConfig
 
-FOREVER_S = 1e9  # of a call that has a deadline otherwise
 AGAIN_S = 0.5
 BASELINE = "baseline"
 

@@ -18,11 +18,10 @@ from actors.generate_request import GeneratorFailed
 from actors.trajectory import Prompt
 from actors.weight_update import NeedsAll, WeightLayout, WeightsRejected, WeightUpdate
 from cluster.learner_group import LearnerLost
-from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
+from cluster.placement import FOREVER_S, START_TIMEOUT_S, Host, Member, RoleFailed, ask
 from cluster.roster import Roster
 
 Asked = TypeVar("Asked")
-FOREVER_S = 1e9  # of a call that is watched otherwise
 MENDED = (GeneratorFailed, WeightsRejected)  # raised by a generator that samples nothing any more
 
 
@@ -90,6 +89,11 @@ class GeneratorGroup:
         self.roster.lose(place, member, error)
         return Lost(str(error))
 
+    def silent(self, place: int, member: Member) -> Lost | RoleFailed:
+        """What to raise of one that finishes nothing."""
+        said = f"{member.name}: no completion for {self._timeout_s:g} s"
+        return self.given_up(place, member, RoleFailed(said, kind="silent"))
+
     def _mends(self, error: RoleFailed) -> bool:
         if isinstance(error, LearnerLost):  # of whom a generator's weights are asked
             return False
@@ -136,10 +140,7 @@ class GeneratorGroup:
             while not (await asyncio.wait([sampling], timeout=self._timeout_s))[0]:
                 status = await self.ask(place, lambda it: it.status, within=self._timeout_s)
                 if status["completion_tokens"] == tokens:
-                    silent = RoleFailed(
-                        f"{member.name}: no completion for {self._timeout_s:g} s", kind="silent"
-                    )
-                    raise self.given_up(place, member, silent)
+                    raise self.silent(place, member)
                 tokens = status["completion_tokens"]
             return await sampling
         finally:

@@ -11,12 +11,18 @@ from typing import Any
 import psutil
 
 BEAT_S = 5.0
+GOING_ON = ("starting", "running")  # states
 LAST_S = 4 * BEAT_S  # a heartbeat that is older is that of one that is gone
 
 
 def here() -> dict[str, Any]:
     """What a driver says of itself in status.json."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def goes_on(status: Mapping[str, Any]) -> bool:
+    """It says so, and lives."""
+    return status.get("state") in GOING_ON and alive(status)
 
 
 def alive(status: Mapping[str, Any]) -> bool:

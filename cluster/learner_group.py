@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,8 @@ class LearnerGroup:
             rendezvous = await meet(self.ranks, self._host, run_dir, self._timeout_s)
         except RoleFailed as error:
             raise await self._named([error]) from error
-        try:
+        with met_at(rendezvous):
             return await self._all(lambda it: it.start, rendezvous, within=START_TIMEOUT_S)
-        finally:
-            if rendezvous.file:
-                Path(rendezvous.file).unlink(missing_ok=True)
 
     async def restart(self, run_dir: Path) -> list[dict[str, Any]]:
         """End what is left of the ranks, and bring up new ones; they hold what a new run holds."""
@@ -164,3 +162,13 @@ async def meet(ranks: list[Member], host: Host, run_dir: Path, timeout_s: float)
         return Rendezvous(len(ranks), file=str(meeting))
     port = await ask(ranks[0], ranks[0].handle.port, within=timeout_s)
     return Rendezvous(len(ranks), host=await host.address(ranks[0]), port=port)
+
+
+@contextlib.contextmanager
+def met_at(rendezvous: Rendezvous) -> Iterator[None]:
+    """Once they have met nobody needs the file."""
+    try:
+        yield
+    finally:
+        if rendezvous.file:
+            Path(rendezvous.file).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+FOREVER_S = 1e9  # of a question whose asker sees to its end
 START_TIMEOUT_S = 600.0  # for a role to load its models
 # Ray's, by name. An answer is lost with the machine that it lay on, and with that its actor.
 DEATHS = ("ActorDiedError", "ActorUnavailableError", "RayActorError")

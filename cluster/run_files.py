@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ import yaml
 
 from cluster.checkpoints import RUN_ID, run_id
 from cluster.config import BadInput, RunConfig, StageConfig
-from cluster.heartbeat import alive, here
+from cluster.heartbeat import goes_on, here
 from cluster.redaction import printable
 
 SAID = {"error", "message", "reason", "stack", "replay"}
@@ -52,7 +53,7 @@ class RunFiles:
         """Two would undo each other's files and checkpoints."""
         path = self.folder / "status.json"
         status = json.loads(path.read_text()) if path.is_file() else {}
-        if status.get("state") in ("starting", "running") and alive(status):
+        if goes_on(status):
             raise BadInput(
                 f"{self.folder}: process {status['pid']} on {status['host']} is at this run; stop it first "
                 f"(kill {status['pid']}, or stop its job), or name=... makes another"
@@ -138,9 +139,14 @@ class RunFiles:
         self._replace_text(name, json.dumps(_without_secrets(content), indent=1))
 
     def _replace_text(self, name: str, text: str) -> None:
-        aside = self.folder / (name + ".partial")
-        aside.write_text(text)
-        os.replace(aside, self.folder / name)
+        replace_text(self.folder / name, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Whoever reads it finds the old text or the new one."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def _without_secrets(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.config import BadInput
-from cluster.heartbeat import alive
+from cluster.heartbeat import GOING_ON, goes_on
 from cluster.live_view import duration, figures
 from cluster.metrics import read_json_lines
 from cluster.redaction import printable
 
 Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
 LAST_EVENTS = 8
-GOING_ON = ("starting", "running")
 ROUTINE = {"weights_published"}  # one each step: they would hide the others
 
 
@@ -40,7 +39,7 @@ class RunRecord:
     def state(self) -> str:
         """As the run wrote it, or "died" when it claims to go on and its process is gone."""
         state = self.status.get("state", "unknown")
-        return "died" if state in GOING_ON and not alive(self.status) else state
+        return "died" if state in GOING_ON and not goes_on(self.status) else state
 
     @property
     def drop_reasons(self) -> Counter[str]:

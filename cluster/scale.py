@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +19,12 @@ from cluster.config import BadInput, RunConfig
 from cluster.config_file import load_config
 from cluster.disk import gib
 from cluster.fit import available_bytes, own_ray, with_value
+from cluster.heartbeat import GOING_ON
 from cluster.learner_group import LearnerLost
 from cluster.memory import generators_need
 from cluster.placement import InProcessHost, RoleFailed
-from cluster.run_status import GOING_ON, read_run
+from cluster.run_files import replace_text
+from cluster.run_status import read_run
 from cluster.shapes import read_shapes
 
 if TYPE_CHECKING:
@@ -127,9 +128,7 @@ def _check_memory(config: RunConfig, added: int) -> None:
 
 
 def _write(run_dir: Path, request: Request) -> None:
-    aside = run_dir / (REQUEST + ".partial")
-    aside.write_text(json.dumps(asdict(request)))
-    os.replace(aside, run_dir / REQUEST)
+    replace_text(run_dir / REQUEST, json.dumps(asdict(request)))
 
 
 def _read(run_dir: Path) -> Request | None:

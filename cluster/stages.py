@@ -11,7 +11,7 @@ from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
 from cluster.gpus import check_gpus
 from cluster.hosting import hosting
-from cluster.learner_group import meet
+from cluster.learner_group import meet, met_at
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
 from cluster.model_folder import model_config, policy_config
@@ -77,9 +77,8 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
     with _Progress(config, files) as progress:
         try:
             rendezvous = await meet(ranks, host, files.folder, timeout)
-            await everyone(lambda it: it.start, rendezvous)
-            if rendezvous.file:
-                Path(rendezvous.file).unlink(missing_ok=True)
+            with met_at(rendezvous):
+                await everyone(lambda it: it.start, rendezvous)
             for step in range(1, config.num_steps + 1):
                 metrics = reduce_ranks(await everyone(lambda it: it.train, step))
                 progress.step(step, config.num_steps, metrics)

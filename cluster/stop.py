@@ -17,23 +17,24 @@ ENDING_S = (
 
 
 def ask_to_stop(run: Run, received: signal.Signals, work: asyncio.Task[Any]) -> None:
-    """First the run is asked to end after the step at hand; once more, or when that takes too long,
-    `work` is cancelled."""
-    if run.stopped_by is None and not run.meter.begun:
+    """First the run is asked to end after the step at hand; once more, when that takes too long, or when
+    there has been none yet, `work` is cancelled."""
+    if run.stopped_by is not None:
+        if time.monotonic() - run.stop_asked_at > AGAIN_S:
+            work.cancel()
+        return
+    run.stopped_by, run.stop_asked_at = received, time.monotonic()
+    if not run.meter.begun:
         run.view.note(f"{received.name}: ended before the first step")
-        run.stopped_by, run.stop_asked_at = received, time.monotonic()
         work.cancel()
-    elif run.stopped_by is None:
+    else:
         grace_s = run.config.stop_grace_s
         run.view.note(
             f"{received.name}: finishing the step at hand, for which there are {grace_s:g} s, then a "
             "checkpoint; a second signal ends it now"
         )
-        run.stopped_by, run.stop_asked_at = received, time.monotonic()
         run.stop.set()
         asyncio.get_running_loop().call_later(grace_s, work.cancel)
-    elif time.monotonic() - run.stop_asked_at > AGAIN_S:
-        work.cancel()
 
 
 def abandon(run: Run) -> None:

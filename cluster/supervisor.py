@@ -219,10 +219,7 @@ class Supervisor:
             if not self._out.load(place) or tokens != before or status["scoring"]:
                 last_heard = time.monotonic()
             elif time.monotonic() - last_heard > self._timeout_s:
-                silent = RoleFailed(
-                    f"{member.name}: no completion for {self._timeout_s:g} s", kind="silent"
-                )
-                raise self.group.given_up(place, member, silent)
+                raise self.group.silent(place, member)
 
     async def _take_from(self, member: Member) -> tuple[Rollouts, Any]:
         """What it has finished. Until this returns, nothing counts as finished: what is lost on the way

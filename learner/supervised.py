@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learner.policy import PolicyModel
 from learner.sweep import Share
+from reward_service.chat import chat_prompt
 from reward_service.rows import read_rows
 
 
@@ -89,7 +90,7 @@ def _encode(where: str, row: Mapping[str, Any], tokenizer: Any) -> tuple[np.ndar
             raise ValueError(
                 f"{where}: messages must hold a context and end with the assistant's; fix the row"
             )
-        prompt = tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
+        prompt: Any = chat_prompt(where, context, tokenizer)
         completion, special = last.get("content"), False
     else:
         prompt, completion, special = row.get("prompt"), row.get("completion"), True

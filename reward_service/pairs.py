@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from reward_service.chat import chat_prompt, is_message
 from reward_service.rows import read_rows
 
 
@@ -78,7 +79,7 @@ class _Encoder:
         """The prompt as the chat template has it, and the reply."""
         before = row.get("prompt") or []
         messages = [*(before if isinstance(before, list) else [before]), *row[reply]]
-        if len(messages) < 2 or not all(map(_is_message, messages)):
+        if len(messages) < 2 or not all(map(is_message, messages)):
             raise ValueError(
                 f"{where}: {reply} with its prompt is no list of role and content objects; correct it"
             )
@@ -91,22 +92,8 @@ class _Encoder:
             raise ValueError(
                 f"{where}: {reply} is a conversation, but the tokenizer has no chat template; use texts"
             )
-        try:
-            prompt = self._tokenizer.apply_chat_template(
-                context, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # the template is a program of the model's
-            raise ValueError(
-                f"{where}: refused by the chat template ({error}); correct it"
-            ) from None
-        return prompt, last["content"]
+        return chat_prompt(where, context, self._tokenizer), last["content"]
 
 
 def _context(reply: Any) -> Any:
     return reply[:-1] if isinstance(reply, list) else None
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
-    )
