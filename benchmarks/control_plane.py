@@ -293,7 +293,7 @@ class Marking(MetricsWriter):
 async def _train(run: Run) -> None:
     await run.supervisor.group.agree_layout(LAYOUT)
     await run.publish(0)
-    await run.proved()
+    await run.wait_push()
     await train(run)
     await run.supervisor.close()
     run.metrics.close()

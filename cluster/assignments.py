@@ -1,4 +1,4 @@
-"""Which prompts are out, and with which generator: dealt evenly, given back, or waiting for anyone."""
+"""Which prompts are out, and in which generator's slot: dealt evenly, taken back, or not assigned yet."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from actors.trajectory import Key, Prompt
 class Assignments:
     def __init__(self) -> None:
         self._holder: dict[Key, int] = {}
-        self._load: Counter[int] = Counter()  # prompts out, by place
-        self._homeless: list[Prompt] = []  # nobody was there to take them
+        self._load: Counter[int] = Counter()  # prompts out, by slot
+        # Leased while no generator was present.
+        self._unassigned: list[Prompt] = []
 
-    def deal(self, prompts: Sequence[Prompt], places: Iterable[int]) -> dict[int, list[Prompt]]:
-        """What each place is to be given. The least busy one, the first of equals: the same deal in every
-        synchronous run. Without any place they wait here."""
-        by_load = [(self._load[place], place) for place in places]
+    def deal(self, prompts: Sequence[Prompt], slots: Iterable[int]) -> dict[int, list[Prompt]]:
+        """Which prompts each slot is given: always the least loaded slot, the first of equals, so that
+        synchronous runs repeat. Without any slot the prompts stay unassigned."""
+        by_load = [(self._load[slot], slot) for slot in slots]
         if not by_load:
-            self._homeless += prompts
+            self._unassigned += prompts
             return {}
         shares: dict[int, list[Prompt]] = {}
         heapq.heapify(by_load)
         for prompt in prompts:
-            load, place = by_load[0]
-            heapq.heapreplace(by_load, (load + 1, place))
-            shares.setdefault(place, []).append(prompt)
-            self._load[place] = load + 1
-            self._holder[prompt.key] = place
+            load, slot = by_load[0]
+            heapq.heapreplace(by_load, (load + 1, slot))
+            shares.setdefault(slot, []).append(prompt)
+            self._load[slot] = load + 1
+            self._holder[prompt.key] = slot
         return dict(sorted(shares.items()))
 
-    def load(self, place: int) -> int:
-        return self._load[place]
+    def load(self, slot: int) -> int:
+        return self._load[slot]
 
     def release(self, key: Key) -> None:
         self._load[self._holder.pop(key)] -= 1
 
-    def held_by(self, place: int) -> list[Key]:
-        return [key for key, holder in self._holder.items() if holder == place]
+    def held_by(self, slot: int) -> list[Key]:
+        return [key for key, holder in self._holder.items() if holder == slot]
 
     def known(self) -> set[Key]:
-        """Of all that are out, or wait for anyone."""
-        return {*self._holder, *(prompt.key for prompt in self._homeless)}
+        """Keys of all prompts that are out or unassigned."""
+        return {*self._holder, *(prompt.key for prompt in self._unassigned)}
 
-    def homeless(self) -> list[Prompt]:
-        """Those that waited; they do so no longer."""
-        homeless, self._homeless = self._homeless, []
-        return homeless
+    def take_unassigned(self) -> list[Prompt]:
+        """The unassigned prompts, which the caller deals now."""
+        unassigned, self._unassigned = self._unassigned, []
+        return unassigned
 
     def clear(self) -> None:
         self._holder.clear()
         self._load.clear()
-        self._homeless.clear()
+        self._unassigned.clear()

@@ -29,7 +29,7 @@ async def bring_up(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
     run.view.stage("loading the models")
     loaded: list[dict[str, Any]]
     loaded, _ = await asyncio.gather(
-        run.learner.start(run.files.folder), run.supervisor.group.started()
+        run.learner.start(run.files.folder), run.supervisor.group.wait_started()
     )
     if checkpoint is not None:
         await run_state.restore(run, checkpoint)
@@ -92,7 +92,7 @@ async def _newest_intact(folder: Path) -> tuple[checkpoints.Checkpoint | None, l
 async def _connect_weights(run: Run) -> None:
     group = run.supervisor.group
     roster = group.roster
-    members = [*(roster.members[place] for place in roster.present()), *run.learner.ranks]
+    members = [*(roster.members[slot] for slot in roster.present()), *run.learner.ranks]
     stem, old = None, None
     if SHARED_MEMORY.is_dir() and await run.host.same_machine(members):
         _sweep_segments()
@@ -100,7 +100,7 @@ async def _connect_weights(run: Run) -> None:
         stem = str(SHARED_MEMORY / f"{old}.{run.learner.num_restarts}")
     await group.agree_layout(await run.learner.prepare_publish(stem))
     await run.publish(run.step)
-    await run.proved()
+    await run.wait_push()
     for path in SHARED_MEMORY.glob(f"{old}.*") if old else ():
         if not str(path).startswith(f"{stem}-"):  # of a learner that was lost
             path.unlink(missing_ok=True)

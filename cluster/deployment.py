@@ -42,10 +42,10 @@ class Deployment:
         )
 
     def generators(self, rewards: Member) -> list[Member]:
-        return [self.generator(rewards, place) for place in range(self.config.generators.count)]
+        return [self.generator(rewards, slot) for slot in range(self.config.generators.count)]
 
-    def generator(self, rewards: Member, place: int, attempt: int = 0) -> Member:
-        name = _name("generator", place, attempt)
+    def generator(self, rewards: Member, slot: int, attempt: int = 0) -> Member:
+        name = _name("generator", slot, attempt)
         return self._start(
             name,
             RolloutRole,

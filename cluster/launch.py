@@ -154,7 +154,7 @@ async def _run(
         abandon(run)
     finally:
         with contextlib.suppress(Exception):  # begun is worth ending, whatever else has failed
-            await asyncio.wait_for(run.checkpointed(), LAST_CHECKPOINT_S)
+            await asyncio.wait_for(run.wait_checkpoint(), LAST_CHECKPOINT_S)
         await run.forget_checkpoint()
         for watch in watches:
             watch.cancel()
@@ -199,7 +199,7 @@ def _wire(
         again=None if one_process else deployment.learner_ranks,
     )
     replacement = Replacement(
-        start=lambda place, attempt: deployment.generator(rewards, place, attempt),
+        start=lambda slot, attempt: deployment.generator(rewards, slot, attempt),
         last_update=learner.last_update,
         max_restarts=config.generators.max_restarts,
         on_event=lambda event, **facts: _generator_event(files, view, event, facts),

@@ -103,11 +103,11 @@ class LearnerGroup:
         return (await self._all(lambda it: it.reference_logprobs, samples))[0]
 
     async def save(self, folder: Path) -> None:
-        """Begin to write the learner's state as it is now to `folder`; `saved` waits for the end, which
+        """Begin to write the learner's state as it is now to `folder`; `wait_saved` for the end, which
         must come before the next save."""
         await self._all(lambda it: it.save, str(folder.resolve()))
 
-    async def saved(self) -> None:
+    async def wait_saved(self) -> None:
         """Until what `save` began is written."""
         deadline = time.monotonic() + self._timeout_s
         while not all(await self._all(lambda it: it.saved)):

@@ -53,7 +53,7 @@ async def write(
     aside = checkpoints.set_aside(_next(folder, refused.step))
     await learner.save_trajectories(batch, aside / BATCH)
     await learner.save(aside / LEARNER)
-    await learner.saved()
+    await learner.wait_saved()
     (aside / REFUSAL).write_text(json.dumps(_recorded(refused, version), indent=1))
     (aside / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     bundle = checkpoints.seal(aside, refused.step)

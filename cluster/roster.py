@@ -1,9 +1,10 @@
-"""Who is there of the generators, by place.
+"""Which generators are present, by slot.
 
-    a new place --come--> present --lost: died, silent, crashed, weights rejected--> absent --come--> present
-    any         --close--> closed: nobody comes there any more
+    new    --mark_present--> present --mark_lost (died, silent, rejected weights)--> absent
+    absent --mark_present--> present
+    any    --close--> closed: no generator starts there any more
 
-A place is a number that is given once. Losses and arrivals wake whoever waits for them.
+A slot is a number that is given once. Losses and arrivals wake whoever waits for them.
 """
 
 from __future__ import annotations
@@ -18,73 +19,75 @@ NOBODY = Member("nobody", None)
 
 class Roster:
     def __init__(self, members: list[Member]) -> None:
-        self.members = members  # by place: who is there, or comes, or was last
+        # By slot: the generator that is present there, or starts, or was the last one.
+        self.members = members
         self._present = [True] * len(members)
         self._closed: set[int] = set()
-        self._losses: dict[int, RoleFailed] = {}
+        self._failures: dict[int, RoleFailed] = {}
         self._came_or_went = asyncio.Event()
 
-    def places(self) -> list[int]:
-        """Those that are not closed, whether somebody is there or not."""
-        return [place for place in range(len(self.members)) if place not in self._closed]
+    def slots(self) -> list[int]:
+        """Those that are not closed, with a generator or without."""
+        return [slot for slot in range(len(self.members)) if slot not in self._closed]
 
     def present(self) -> list[int]:
-        return [place for place, there in enumerate(self._present) if there]
+        return [slot for slot, present in enumerate(self._present) if present]
 
-    def is_present(self, place: int) -> bool:
-        return self._present[place]
+    def is_present(self, slot: int) -> bool:
+        return self._present[slot]
 
-    def is_closed(self, place: int) -> bool:
-        return place in self._closed
+    def is_closed(self, slot: int) -> bool:
+        return slot in self._closed
 
-    def loss(self, place: int) -> RoleFailed:
-        """Why nobody is there."""
-        return self._losses[place]
+    def failure(self, slot: int) -> RoleFailed:
+        """Why no generator is present in this slot."""
+        return self._failures[slot]
 
-    async def lost(self, place: int) -> RoleFailed:
-        """Waits until nobody is there any more; why."""
-        while self._present[place]:
+    async def wait_lost(self, slot: int) -> RoleFailed:
+        """Wait until the generator in this slot is lost; returns why."""
+        while self._present[slot]:
             await self._changed()
-        return self._losses[place]
+        return self._failures[slot]
 
-    async def anyone(self) -> int:
-        """A place where somebody is, once there is one. RoleFailed if nobody comes back in time."""
+    async def wait_any(self) -> int:
+        """Wait until a generator is present; returns its slot. RoleFailed if none is in time."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not (places := self.present()):
+        while not (slots := self.present()):
             if (left := deadline - time.monotonic()) <= 0:
                 raise RoleFailed(f"generators: none came back within {START_TIMEOUT_S:g} s")
             try:
                 await asyncio.wait_for(self._changed(), left)
             except TimeoutError:
                 continue
-        return places[0]
+        return slots[0]
 
-    def lose(self, place: int, member: Member, error: RoleFailed) -> None:
-        """From now on it counts as gone. Of several failures the first counts."""
-        if self._present[place] and self.members[place] is member:
-            self._present[place] = False
+    def mark_lost(self, slot: int, member: Member, error: RoleFailed) -> None:
+        """Of several failures of one generator the first counts."""
+        if self._present[slot] and self.members[slot] is member:
+            self._present[slot] = False
             self._came_or_went.set()
-            self.failed(place, error)
+            self.set_failure(slot, error)
 
-    def failed(self, place: int, error: RoleFailed) -> None:
-        """Whoever was coming did not get so far."""
-        self._losses[place] = error
+    def set_failure(self, slot: int, error: RoleFailed) -> None:
+        """Record why the generator that was starting in this slot failed."""
+        self._failures[slot] = error
 
-    def come(self, place: int) -> None:
-        self._present[place] = True
+    def mark_present(self, slot: int) -> None:
+        self._present[slot] = True
         self._came_or_went.set()
 
     def add(self) -> int:
-        """A new place, for one that is still to come."""
+        """A new slot, for a generator that is still to start."""
         self.members.append(NOBODY)
         self._present.append(False)
         return len(self.members) - 1
 
-    def close(self, place: int) -> None:
-        """Whoever is there leaves, and the place with him."""
-        self._closed.add(place)
-        self.lose(place, self.members[place], RoleFailed("asked to leave"))
+    def close(self, slot: int) -> None:
+        """Remove the slot for good, and with it the generator there."""
+        self._closed.add(slot)
+        self.mark_lost(slot, self.members[slot], RoleFailed("asked to leave"))
 
     async def _changed(self) -> None:
         self._came_or_went.clear()
-        await self._came_or_went.wait()  # unbounded: its callers race it against what they wait for
+        # Unbounded: its callers race it against what they wait for.
+        await self._came_or_went.wait()

@@ -64,7 +64,7 @@ class Run:
         """Lease what may be leased, then wait for the next batch; None if a stop was asked for."""
         self._doing("learner", "waiting for rollouts")
         if self._saving is not None and self._saving.done():
-            await self.checkpointed()  # raises what it failed of
+            await self.wait_checkpoint()  # raises what it failed of
         await self.meter.begin()
         self.boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
         await self.supervisor.admit()
@@ -94,7 +94,7 @@ class Run:
         After `ppo.refuse.max_in_a_row` of them: a checkpoint, and RoleFailed."""
         self._refused_in_a_row += 1
         self._doing("learner", f"refused step {refused.step}")
-        await self.checkpointed()  # the learner writes one thing at a time
+        await self.wait_checkpoint()  # the learner writes one thing at a time
         how = await replay_bundle.leave(self.config, self.learner, batch, refused, self.step)
         reason = f"step {refused.step} refused: {refused.reason}"
         self.supervisor.ledger.refuse(batch.keys)
@@ -104,7 +104,7 @@ class Run:
         self.view.note(f"WARNING: {reason}; its batch is dropped ({how})")
         if self._refused_in_a_row == self.config.ppo.refuse.max_in_a_row:
             await self.checkpoint()
-            await self.checkpointed()
+            await self.wait_checkpoint()
             saved = "a" if self.saved_step == self.step else "no"
             raise RoleFailed(
                 f"{reason}; that is {self._refused_in_a_row} in a row ({how}); there is {saved} checkpoint "
@@ -116,17 +116,17 @@ class Run:
 
         Synchronous runs wait until every generator has proved them. Otherwise the learner goes on
         and the push ends beside its next step; the metrics are then those of the push before."""
-        metrics = await self.proved()  # of the last push, which must have ended
+        metrics = await self.wait_push()  # of the last push, which must have ended
         self._doing("learner", f"publishing version {version}")
         started = time.perf_counter()
         update = await self.learner.publish(version)
         self._event_of(update, time.perf_counter() - started)
-        self.supervisor.begin(self._pushed(update, started))
-        return await self.proved() if self.config.max_staleness == 0 else metrics
+        self.supervisor.begin_push(self._pushed(update, started))
+        return await self.wait_push() if self.config.max_staleness == 0 else metrics
 
-    async def proved(self) -> dict[str, float]:
+    async def wait_push(self) -> dict[str, float]:
         """Once every generator has proved what was last published: metrics of that push."""
-        return await self.supervisor.proved()
+        return await self.supervisor.wait_push()
 
     async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
         proofs = await self.supervisor.push(update)
@@ -156,7 +156,7 @@ class Run:
         what comes next. One that the disk refuses is given up, and the next is tried when it is due; but
         the run cannot go on without its last one: then CheckpointFailed."""
         started = time.perf_counter()
-        await self.checkpointed()
+        await self.wait_checkpoint()
         if self.saved_step == self.step:
             return
         save = run_state.Save(self)
@@ -164,7 +164,7 @@ class Run:
             stall_s = self.meter.spent("checkpoint", time.perf_counter() - started)
             self._saving = asyncio.create_task(self._end(save, started, stall_s))
 
-    async def checkpointed(self) -> None:
+    async def wait_checkpoint(self) -> None:
         """Once the checkpoint that was begun last is written, or given up. It goes on being written if
         nobody waits for it any more."""
         if (saving := self._saving) is None:
@@ -194,7 +194,7 @@ class Run:
         """Held-out evaluation of the published policy; {} without one in the config."""
         if self.evaluation is None:
             return {}
-        await self.proved()
+        await self.wait_push()
         started = time.perf_counter()
         self.view.stage("held-out evaluation")
         if self.step == 0:

@@ -45,8 +45,8 @@ class Save:
         run = self._run
         with self._unless_refused():
             if run.config.deterministic:
-                await run.proved()
-                await run.supervisor.settled()
+                await run.wait_push()
+                await run.supervisor.wait_settled()
             self._aside = checkpoints.begin(run.files.folder, self.step, self._needed)
             (self._aside / checkpoints.DRIVER).write_text(json.dumps(_driver_state(run)))
             buffer = TrajectoryBuffer() if _forgets_leases(run) else run.supervisor.buffer
@@ -56,7 +56,7 @@ class Save:
 
     async def end(self) -> bool:
         with self._unless_refused():
-            await self._run.learner.saved()
+            await self._run.learner.wait_saved()
             await self._commit()
         return not self._refused
 

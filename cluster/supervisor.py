@@ -6,18 +6,17 @@
     push (learner -> generators)             until each has proved the new weights
     scale                                    more generators, or fewer, beside all this
 
-`take` waits for `collect`, is unblocked by it, and fails with it or with a push. A generator that dies,
-hangs, breaks or is lost with its machine is replaced (generator_group.py) and its prompts go out again,
-to the others at once; where it may not be replaced the wait ends with a RoleFailed that names it. What
-passes through here are names, counts and references; trajectories stay on the machine they are on, or
-come to this one, until the learner reads them.
+`take` waits for `collect` (polling.py), is unblocked by it, and fails with it or with a push (watched.py).
+A generator that dies, hangs, breaks or is lost with its machine is replaced (replacements.py) and its
+prompts go out again, to the others at once; where it may not be replaced the wait ends with a RoleFailed
+that names it. What passes through here are names, counts and references; trajectories stay on the machine
+they are on, or come to this one, until the learner reads them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -30,15 +29,13 @@ from cluster.assignments import Assignments
 from cluster.generator_group import GeneratorGroup, Lost, Replacement
 from cluster.learner_group import LearnerLost
 from cluster.ledger import Ledger
-from cluster.placement import Host, Member, RoleFailed, ask_beside
+from cluster.placement import Host, Member, RoleFailed
+from cluster.polling import Poller
+from cluster.replacements import Replacements
+from cluster.watched import Watched
 from learner.trajectory_buffer import Batch, TrajectoryBuffer
 
-POLL_S = 1.0
 PING_TIMEOUT_S = 30.0
-# Seconds for which a generator gathers before it answers. An answer costs it milliseconds that its
-# engine needs; and the driver takes about a thousand a second, however many generators there are.
-LINGER_S = 0.2
-LINGER_PER_GENERATOR_S = 1e-3
 # Prompts that may be dropped one after another, of two steps and never fewer than this: what fails them
 # all is no prompt's fault.
 LEAST_DROPS = 16
@@ -65,20 +62,29 @@ class Supervisor:
             ping_s=ping_timeout_s,
             replacement=replacement,
         )
-        self._host = host
+        self._replacements = (
+            Replacements(self.group, host, replacement) if replacement is not None else None
+        )
+        self._poller = Poller(
+            self.group,
+            host,
+            receive=self._receive,
+            load=lambda slot: self._out.load(slot),
+            lingers=ledger.max_staleness > 0,
+            timeout_s=rollout_timeout_s,
+            ping_s=ping_timeout_s,
+        )
         self.stream = stream
         self.ledger = ledger
         self.buffer = TrajectoryBuffer()
         self._roster = self.group.roster
         self._ping_s = ping_timeout_s
-        self._timeout_s = rollout_timeout_s
         self._on_drop = on_drop
         self._out = Assignments()
-        self._changed = asyncio.Event()
+        self._watched = Watched()
         self._collectors: list[asyncio.Task[None]] = []
         self._joining: list[asyncio.Task[None]] = []
         self._push: asyncio.Task[dict[str, float]] | None = None
-        self._failed: list[asyncio.Task[Any]] = []  # of those that are watched
         self._drops_in_a_row = 0
         self.version = 0  # that every generator has proved
 
@@ -104,49 +110,32 @@ class Supervisor:
         while (keys := self.ledger.ready(version)) is None:
             if stop.is_set():
                 return None
-            self._changed.clear()
             await self._wait(stop)
         self.ledger.consume(keys)
         return self.buffer.take(keys)
 
-    async def settled(self) -> None:
-        """Once all that was leased before the proved version is finished: sampled anew after a resume, it
-        would come from newer weights. It has been sampled already; what lacks is at most its score."""
-        never = asyncio.Event()
+    async def wait_settled(self) -> None:
+        """Wait until all that was leased before the proved version is finished: sampled anew after a
+        resume, it would come from newer weights. It is sampled already; at most its score is missing."""
         while self.ledger.num_awaited(self.version):
-            self._changed.clear()
-            await self._wait(never)
+            await self._wait()
 
     def watch(self, task: asyncio.Task[Any]) -> None:
         """If it fails, `take` fails with it."""
-        task.add_done_callback(self._ended)
+        self._watched.watch(task)
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            self._failed.append(task)
-            self._changed.set()
-
-    async def _wait(self, stop: asyncio.Event) -> None:
-        """Until something changed, a collector or a push failed, or a stop is asked for. It is done for
-        every answer of every generator, and so looks at none of their tasks."""
+    async def _wait(self, stop: asyncio.Event | None = None) -> None:
+        """Until something changed, a collector or a push failed, or a stop is asked for."""
         self._collect()
-        waits = [asyncio.ensure_future(self._changed.wait()), asyncio.ensure_future(stop.wait())]
-        if not self._failed:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        for task in self._failed:
-            task.result()  # raises what it failed of
+        await self._watched.wait(stop)
 
     async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
         """GeneratorGroup.sample, which fails with whatever is watched: no generator may ever come back."""
         sampling = asyncio.create_task(self.group.sample(prompts, temperature, seed))
-        never = asyncio.Event()
-        sampling.add_done_callback(lambda _: self._changed.set())
+        sampling.add_done_callback(lambda _: self._watched.notify())
         try:
             while not sampling.done():
-                self._changed.clear()
-                await self._wait(never)
+                await self._wait()
             return await sampling
         finally:
             sampling.cancel()
@@ -155,89 +144,50 @@ class Supervisor:
         shares = self._out.deal(prompts, self._roster.present())
         await asyncio.gather(*(self._hand_over(*share) for share in shares.items()))
 
-    async def _hand_over(self, place: int, prompts: list[Prompt]) -> None:
+    async def _hand_over(self, slot: int, prompts: list[Prompt]) -> None:
         with contextlib.suppress(Lost):  # then its collector takes them back
-            await self.group.ask(place, lambda it: it.submit, prompts, within=self._ping_s)
+            await self.group.ask(slot, lambda it: it.submit, prompts, within=self._ping_s)
 
     def _collect(self) -> None:
         if not self._collectors:
-            for place in self._roster.places():
-                self._collect_at(place)
+            for slot in self._roster.slots():
+                self._collect_at(slot)
 
-    def _collect_at(self, place: int) -> None:
-        collector = asyncio.create_task(self._collect_from(place))
+    def _collect_at(self, slot: int) -> None:
+        collector = asyncio.create_task(self._collect_from(slot))
         self._collectors.append(collector)
         self.watch(collector)
 
-    async def _collect_from(self, place: int) -> None:
-        """One place's life: poll whoever is there, and replace it when it is lost."""
-        while not self._roster.is_closed(place):
-            if self._roster.is_present(place):
-                await self._until_lost(place)
-            await self._submit(self._take_back(place))
-            await self.group.replace(place)
-            await self._submit(self._out.homeless())
+    async def _collect_from(self, slot: int) -> None:
+        """Poll the generator in this slot; when it is lost, its prompts go to others and it is replaced."""
+        while not self._roster.is_closed(slot):
+            if self._roster.is_present(slot):
+                await self._until_lost(slot)
+            await self._submit(self._take_back(slot))
+            assert self._replacements is not None, "without replacements nothing is Lost"
+            await self._replacements.replace(slot)
+            await self._submit(self._out.take_unassigned())
 
-    async def _until_lost(self, place: int) -> None:
-        poll = asyncio.create_task(self._poll(place))
-        lost = asyncio.create_task(self._roster.lost(place))
+    async def _until_lost(self, slot: int) -> None:
         try:
-            await asyncio.wait([poll, lost], return_when=asyncio.FIRST_COMPLETED)
-            if poll.done() and not isinstance(poll.exception(), Lost):
-                poll.result()  # raises
+            await self._poller.until_lost(slot)
         except RoleFailed as error:
+            out = sorted(prompt_id for prompt_id, _ in self._out.held_by(slot))
             raise RoleFailed(
-                f"{error} ({self._out_there(place)})", kind=error.kind, cause=error.cause
+                f"{error} ({len(out)} prompts were out there, {', '.join(out[:5])} among them)",
+                kind=error.kind,
+                cause=error.cause,
             ) from error
-        finally:
-            poll.cancel()
-            lost.cancel()
 
-    def _take_back(self, place: int) -> list[Prompt]:
-        """The prompts that are out there, in the order of their leases."""
-        held = set(self._out.held_by(place))
+    def _take_back(self, slot: int) -> list[Prompt]:
+        """The prompts that are out in this slot, in the order of their leases."""
+        held = set(self._out.held_by(slot))
         prompts = [prompt for prompt in self.ledger.outstanding() if prompt.key in held]
         for prompt in prompts:
             self._out.release(prompt.key)
         return prompts
 
-    async def _poll(self, place: int) -> None:
-        member = self._roster.members[place]
-        last_heard, tokens = time.monotonic(), 0
-        while True:
-            rollouts, chunk = await self.group.or_lost(place, member, self._take_from(member))
-            if rollouts:
-                last_heard = time.monotonic()
-                self._receive(rollouts, chunk)
-                if rollouts.dropped:  # others take their places, even if this poll is cancelled
-                    await asyncio.shield(self.admit())
-                continue
-            # Its engine's thread, not only its event loop, has to answer. It may have finished completions
-            # that are handed over with others, or wait for scores, which have a deadline of their own.
-            status = await self.group.ask(place, lambda it: it.status, within=self._timeout_s)
-            before, tokens = tokens, status["completion_tokens"]
-            if not self._out.load(place) or tokens != before or status["scoring"]:
-                last_heard = time.monotonic()
-            elif time.monotonic() - last_heard > self._timeout_s:
-                raise self.group.silent(place, member)
-
-    async def _take_from(self, member: Member) -> tuple[Rollouts, Any]:
-        """What it has finished. Until this returns, nothing counts as finished: what is lost on the way
-        is still out there, and goes to another generator like the rest."""
-        rollouts, chunk = await ask_beside(
-            member, member.handle.take, POLL_S, self._linger_s(), within=POLL_S + self._ping_s
-        )
-        if rollouts.finished:
-            chunk = await self._host.keep(member, chunk, within=self._ping_s)
-        return rollouts, chunk
-
-    def _linger_s(self) -> float:
-        """In a synchronous run each answers once a step, and the step waits for it."""
-        if not self.ledger.max_staleness:
-            return 0.0
-        return max(LINGER_S, LINGER_PER_GENERATOR_S * len(self._roster.present()))
-
-    def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
+    async def _receive(self, rollouts: Rollouts, chunk: Any) -> None:
         self.buffer.add(rollouts.finished, chunk)
         for key in rollouts.finished:
             self.ledger.finish(key)
@@ -249,16 +199,14 @@ class Supervisor:
             self._out.release(key)
             self._on_drop(dropped)
             self._drops_in_a_row += 1
-        self._changed.set()
+        self._watched.notify()
         if self._drops_in_a_row >= max(LEAST_DROPS, 2 * self.ledger.prompts_per_step):
             raise RoleFailed(
                 f"{self._drops_in_a_row} prompts in a row were dropped, the last one because: "
                 f"{rollouts.dropped[-1].reason}"
             )
-
-    def _out_there(self, place: int) -> str:
-        out = sorted(prompt_id for prompt_id, _ in self._out.held_by(place))
-        return f"{len(out)} prompts were out there, {', '.join(out[:5])} among them"
+        if rollouts.dropped:  # others take their places, even if this poll is cancelled
+            await asyncio.shield(self.admit())
 
     # ---- how many there are
 
@@ -268,14 +216,15 @@ class Supervisor:
         return bool(self._collectors)
 
     def num_generators(self) -> int:
-        """Those that come or are replaced are counted, too."""
-        return len(self._roster.places())
+        """Those that are starting or being replaced are counted, too."""
+        return len(self._roster.slots())
 
     async def scale(self, count: int) -> bool:
         """Become `count` generators; False if a reset came between. New ones are given prompts once they
         have proved the newest weights; the youngest leave at once, and what they had begun goes to the
         others. RoleFailed if a new one does not come up, once the others have."""
-        await asyncio.gather(*map(self.group.dismiss, self._roster.places()[count:]))
+        assert self._replacements is not None, "a run in one process does not scale"
+        await asyncio.gather(*map(self._replacements.dismiss, self._roster.slots()[count:]))
         missing = count - self.num_generators()
         self._joining = [asyncio.create_task(self._join()) for _ in range(missing)]
         for ended in await asyncio.gather(*self._joining, return_exceptions=True):
@@ -284,8 +233,9 @@ class Supervisor:
         return self.num_generators() == count
 
     async def _join(self) -> None:
-        self._collect_at(await self.group.add())
-        await self._submit(self._out.homeless())
+        assert self._replacements is not None
+        self._collect_at(await self._replacements.add())
+        await self._submit(self._out.take_unassigned())
 
     # ---- weights and state of the generators
 
@@ -297,19 +247,19 @@ class Supervisor:
         self.version = update.version
         return list(proofs.values())
 
-    def begin(self, push: Coroutine[Any, Any, dict[str, float]]) -> None:
+    def begin_push(self, push: Coroutine[Any, Any, dict[str, float]]) -> None:
         """Run a push beside everything else; `take` fails with it."""
         assert self._push is None, "two segments take turns: the last push must have ended"
         self._push = asyncio.create_task(push)
         self.watch(self._push)
 
-    async def proved(self) -> dict[str, float]:
-        """What the push that was begun last returned, once it has ended; {} if that was told already."""
+    async def wait_push(self) -> dict[str, float]:
+        """Wait for the push that was begun last; what it returned, or {} if that was told already."""
         push, self._push = self._push, None
         return await push if push is not None else {}
 
     async def statuses(self) -> dict[str, dict[str, Any]]:
-        """Of each generator that is there, by name."""
+        """Of each present generator, by name."""
         return await self.group.each(lambda it: it.status, within=self._ping_s)
 
     async def reset(self) -> None:
@@ -318,11 +268,7 @@ class Supervisor:
         await self.close()
         self._collectors, self._joining, self._push = [], [], None
         # A push that failed with the learner may have been asked for its outcome already.
-        self._failed = [
-            task
-            for task in self._failed
-            if task not in own and not isinstance(task.exception(), LearnerLost)
-        ]
+        self._watched.forget(lambda task: task in own or isinstance(task.exception(), LearnerLost))
         self._drops_in_a_row = 0
         await self.group.each(lambda it: it.reset, within=self._ping_s)
         self.buffer = TrajectoryBuffer()

@@ -55,7 +55,7 @@ async def train(run: Run) -> None:
             run.warn(warning)
         if last or run.step % config.checkpoint.every == 0:
             await run.checkpoint()
-    await run.proved()
+    await run.wait_push()
     if run.stop.is_set():
         await run.checkpoint()
-    await run.checkpointed()
+    await run.wait_checkpoint()

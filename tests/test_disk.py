@@ -101,7 +101,7 @@ class World:
     async def save(self, step: int) -> bool:
         self.run.step = step
         await self.run.checkpoint()
-        await self.run.checkpointed()
+        await self.run.wait_checkpoint()
         return self.run.saved_step == step
 
     def events(self) -> list[dict[str, Any]]:
@@ -274,7 +274,7 @@ async def test_a_run_goes_on_while_its_checkpoint_is_written(world: World) -> No
     world.run.step = 4  # the next step is done meanwhile
     assert newest_intact(world.files.folder) == (None, [])
     world.learner.is_written = True
-    await world.run.checkpointed()
+    await world.run.wait_checkpoint()
     found, _ = newest_intact(world.files.folder)
     assert found is not None
     assert (found.step, world.run.saved_step) == (3, 3)
@@ -287,13 +287,13 @@ async def test_one_that_nobody_waits_for_any_more_is_written_all_the_same(world:
     world.learner.is_written = False
     world.run.step = 3
     await world.run.checkpoint()
-    waiting = asyncio.create_task(world.run.checkpointed())
+    waiting = asyncio.create_task(world.run.wait_checkpoint())
     await asyncio.sleep(0)
     waiting.cancel()  # as a stop does that takes too long
     with pytest.raises(asyncio.CancelledError):
         await waiting
     world.learner.is_written = True
-    await world.run.checkpointed()
+    await world.run.wait_checkpoint()
     assert world.run.saved_step == 3
     assert newest_intact(world.files.folder)[0] is not None
 
@@ -305,7 +305,7 @@ async def test_one_that_is_refused_late_is_not_the_last_one(world: World) -> Non
     world.run.step = 4
     world.run.stop.set()
     world.learner.raises = FULL
-    await world.run.checkpointed()
+    await world.run.wait_checkpoint()
     assert world.events()[-1]["step"] == 3
     world.learner.raises, world.learner.is_written = None, True
     assert await world.save(4)
@@ -345,7 +345,7 @@ async def test_one_whose_learner_is_lost_is_forgotten(world: World) -> None:
     world.run.step = 6
     await world.run.checkpoint()
     await world.run.forget_checkpoint()
-    await world.run.checkpointed()
+    await world.run.wait_checkpoint()
     assert newest_intact(world.files.folder)[0] is not None
     world.learner.is_written = True
     assert await world.save(7)

@@ -23,7 +23,7 @@ CALLS: dict[str, Callable[[LearnerGroup], Awaitable[Any]]] = {
     "policy_logprobs": lambda group: group.policy_logprobs(None),
     "reference_logprobs": lambda group: group.reference_logprobs(None),
     "save": lambda group: group.save(Path("nowhere")),
-    "saved": lambda group: group.saved(),
+    "wait_saved": lambda group: group.wait_saved(),
     "load": lambda group: group.load(Path("nowhere")),
 }
 

@@ -159,7 +159,7 @@ class Workshop:
             await run_state.restore(run, found)
         await run.learner.prepare_publish(None)
         await run.publish(run.step)
-        await run.proved()
+        await run.wait_push()
         return run
 
     async def trained(self, spoil: Spoil, *, resume: bool = False, **changes: Any) -> Run:

@@ -16,7 +16,7 @@ from actors.rollout_worker import Rollouts
 from actors.scored import Dropped
 from actors.trajectory import Prompt, from_table, packed, select, to_table
 from actors.weight_update import NeedsAll, Probe, WeightLayout, WeightsRejected, WeightUpdate
-from cluster import supervisor as supervisor_module
+from cluster import polling
 from cluster.generator_group import Replacement
 from cluster.learner_group import LearnerLost
 from cluster.ledger import Ledger
@@ -139,7 +139,7 @@ Make = Callable[..., tuple[Supervisor, list[FakeWorker]]]
 @pytest_asyncio.fixture
 async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """make(n, ...) -> a supervisor with n prompts a step, and its fake workers."""
-    monkeypatch.setattr(supervisor_module, "POLL_S", POLL_S)
+    monkeypatch.setattr(polling, "POLL_S", POLL_S)
     made: list[Supervisor] = []
 
     def maker(
@@ -157,10 +157,10 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     ) -> tuple[Supervisor, list[FakeWorker]]:
         fakes = [FakeWorker(by_itself=by_itself) for _ in range(workers)]
 
-        def start(place: int, attempt: int) -> Member:
+        def start(slot: int, attempt: int) -> Member:
             assert spares is not None
             fakes.append(spares.pop(0))
-            return Member(f"generator-{place}.{attempt}", fakes[-1])
+            return Member(f"generator-{slot}.{attempt}", fakes[-1])
 
         made.append(
             Supervisor(
@@ -599,7 +599,7 @@ async def test_an_answer_of_a_generator_that_was_given_up_is_not_counted(make: M
     await opened(supervisor)
     await admit(supervisor, 0)
     stuck = workers[0]
-    supervisor.group.roster.lose(
+    supervisor.group.roster.mark_lost(
         0, supervisor.group.roster.members[0], RoleFailed("stuck", kind="silent")
     )
     await until(lambda: "p0/0" in workers[1].submitted)
@@ -643,7 +643,7 @@ async def test_it_is_settled_when_nothing_older_than_the_proved_version_is_await
     workers[0].finish("p0", "p1")
     await take(supervisor)
     await admit(supervisor, 1)  # p2 and p3 are of version 0, p4 and p5 of version 1
-    settled = asyncio.create_task(supervisor.settled())
+    settled = asyncio.create_task(supervisor.wait_settled())
     workers[0].finish("p2", "p4")
     await asyncio.sleep(5 * POLL_S)
     assert not settled.done()
@@ -721,9 +721,9 @@ async def test_a_push_that_failed_with_the_learner_is_forgotten_by_a_reset(make:
 
     supervisor, _ = make(2, spares=[])
     await opened(supervisor)
-    supervisor.begin(lost())
+    supervisor.begin_push(lost())
     with pytest.raises(LearnerLost):
-        await supervisor.proved()
+        await supervisor.wait_push()
     await supervisor.reset()
     supervisor.stream.cursor = 0
     await admit(supervisor, 0)

@@ -82,8 +82,8 @@ class FakeRun:
         assert version == self.step + 1
         return {"weights/push_s": 0.5}
 
-    async def proved(self) -> dict[str, float]:
-        self._note("proved")
+    async def wait_push(self) -> dict[str, float]:
+        self._note("wait_push")
         return {}
 
     def evaluation_due(self, last: bool) -> bool:
@@ -112,8 +112,8 @@ class FakeRun:
         if self.step not in self._not_saved_at:
             self._saved_step = self.step
 
-    async def checkpointed(self) -> None:
-        self._note("checkpointed")
+    async def wait_checkpoint(self) -> None:
+        self._note("wait_checkpoint")
 
     def steps_of(self, verb: str) -> list[int]:
         return [step for name, step in self.calls if name == verb]
@@ -139,8 +139,8 @@ async def test_a_step_is_take_update_publish_log_and_the_last_one_is_checkpointe
         ("evaluate", 2),
         ("log", 2),
         ("checkpoint", 2),
-        ("proved", 2),
-        ("checkpointed", 2),
+        ("wait_push", 2),
+        ("wait_checkpoint", 2),
     ]
 
 
@@ -186,14 +186,14 @@ async def test_checkpoints_come_at_their_interval_and_at_the_end(
 async def test_a_stop_in_the_middle_finishes_the_step_at_hand_and_checkpoints_it() -> None:
     run = await trained(9, stop_at=3)
     assert run.steps_of("log") == [1, 2, 3, 4]
-    assert run.calls[-2:] == [("checkpoint", 4), ("checkpointed", 4)]
+    assert run.calls[-2:] == [("checkpoint", 4), ("wait_checkpoint", 4)]
     assert run.step == 4
 
 
 async def test_a_stop_while_waiting_for_rollouts_checkpoints_the_step_before() -> None:
     run = await trained(9, stop_in_take_at=3)
     assert run.steps_of("update") == [0, 1, 2]
-    assert [verb for verb, _ in run.calls[-4:]] == ["take", "proved", "checkpoint", "checkpointed"]
+    assert [verb for verb, _ in run.calls[-4:]] == ["take", "wait_push", "checkpoint", "wait_checkpoint"]
     assert run.step == 3
 
 
