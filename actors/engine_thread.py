@@ -135,7 +135,7 @@ class EngineThread:
         return len(admitted)
 
     def _prompt(self, ids: Sequence[int]) -> dict[str, Any]:
-        """With a salt, so that it shares no KV cache that other weights computed."""
+        """vLLM's prompt, salted so that it shares no KV cache that other weights computed."""
         return {"prompt_token_ids": list(ids), "cache_salt": self._salt}
 
     @property
@@ -201,8 +201,8 @@ class EngineThread:
         self._engine.add_request(PROBE_ID, self._prompt(update.probe.ids), probe_params())
 
     def _drain(self) -> None:
-        """Until nothing runs; with finish_all, nor waits that waits by now. Whoever asks meanwhile is
-        answered, and what is added waits for the new weights."""
+        """Step until no request runs; with finish_all, until none waits either that waits by now. Calls are
+        answered meanwhile, and requests that are added wait for the new weights."""
         left = len(self._waiting) if self._finish_all else 0
         while not self._closed and (self._started or (left and self._waiting)):
             left -= self._admit(left)

@@ -89,7 +89,7 @@ class _Receiver:
         return {"verify_s": verified - started, "apply_s": time.perf_counter() - verified}
 
     def _let_go(self, segment: str) -> None:
-        """Of the segment just read, or, where the engine computes on it, of the one before."""
+        """Release the segment just read; where the engine computes on it, the one before."""
         left = self._in_use if self._shared else segment
         if left and not (self._shared and left == segment):
             self._segments.release(left)

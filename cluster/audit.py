@@ -142,7 +142,7 @@ class _Audit:
         self._count("samples trained", len(rows))
 
     def _versions(self, row: dict[str, Any], step: int, where: str) -> None:
-        """In step k the learner consumes as version k-1, the one it published last."""
+        """Step k consumes at version k-1, the one the learner published last."""
         age = step - 1 - row["policy_version"]
         if row["staleness"] != age:
             raise Violation(f"{where}: staleness {row['staleness']}, of its policy_version {age}")

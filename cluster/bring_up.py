@@ -79,7 +79,7 @@ async def recover(run: Run, lost: LearnerLost) -> None:
 
 
 async def _newest_intact(folder: Path) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-    """By a thread: it reads all of a checkpoint, and meanwhile the heart must beat."""
+    """In a thread, because it reads all of a checkpoint, and the heart must beat meanwhile."""
     reading = asyncio.to_thread(checkpoints.newest_intact, folder)
     try:
         return await asyncio.wait_for(reading, READ_TIMEOUT_S)

@@ -85,8 +85,8 @@ def begin(run_dir: Path, step: int, needed_bytes: int = 0) -> Path:
 
 
 def commit(aside: Path, step: int, keep: int) -> Checkpoint:
-    """Seal it, then remove all but the newest `keep`. What is of later steps was passed over by a resume
-    and is no part of this run any more."""
+    """Seal it, then remove all but the newest `keep`. Checkpoints of later steps are removed, too: a
+    resume went back behind them."""
     final = seal(aside, step)
     written = _folders(final.parent)
     withdrawn = [folder for folder in written if _step(folder) > step]
@@ -181,7 +181,7 @@ def _aside(final: Path) -> Path:
 
 
 def _put_in_place(aside: Path) -> Path:
-    """Its final name; one of that name goes only when this one has come."""
+    """Give it its final name; an older one of that name is removed only after that."""
     final = aside.with_suffix("")
     old = _out_of_the_way(final) if final.exists() else None
     try:

@@ -190,7 +190,7 @@ class RunConfig(LearnerStageConfig):
         return self
 
     def _nearest_batch_size(self) -> int:
-        """That samples, minibatches and ranks all divide as they must."""
+        """The nearest batch size that samples, minibatches and ranks divide as they must."""
         minibatches = self.ppo.minibatches
         unit = math.lcm(self.sampling.samples_per_prompt, minibatches)
         least = math.ceil(minibatches * self.learner.ranks / unit)

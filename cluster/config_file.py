@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: list[str], kind: type[Stage]) -> St
 
 
 class _Loader(yaml.SafeLoader):
-    """Of a key that stands twice YAML's own would take the last."""
+    """Refuses duplicate keys, of which SafeLoader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]

@@ -40,8 +40,8 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_disk(run_dir: Path, checkpoint_bytes: int, keep: int) -> None:
-    """BadInput if the run could not write there, or not as many checkpoints as it keeps and one more, for
-    they are kept until that is whole."""
+    """BadInput if the run cannot write there, or if there is no room for the checkpoints it keeps and one
+    more: an old one is removed only when the new one is whole."""
     parent, free = existing_parent(run_dir), free_bytes(run_dir)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BadInput(f"runs_dir: {parent} is no folder that can be written to; set runs_dir")

@@ -125,7 +125,7 @@ class Evaluation:
         )
 
     async def _scores(self, service: Member, requests: list[ScoreRequest]) -> list[float]:
-        """As training's are had. RoleFailed if one of them cannot be."""
+        """Scores, with training's retries. RoleFailed if one is missing."""
         client = RewardClient(
             lambda asked: _answer(service, asked), self._retries, max_batches=len(requests)
         )

@@ -44,7 +44,7 @@ def gpus_in_words(wanted: Mapping[str, float]) -> str:
 
 
 def gpu_bytes() -> tuple[int, ...]:
-    """In a process of its own: this one shall hold neither torch nor a CUDA context."""
+    """Asked in another process, so that this one loads neither torch nor a CUDA context."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", ASK_TORCH],

@@ -172,7 +172,7 @@ async def _work(run: Run, checkpoint: checkpoints.Checkpoint | None) -> None:
 
 
 async def _train(run: Run) -> None:
-    """To the end, with as many learners as it takes."""
+    """Train to the end; a learner that is lost is replaced."""
     lost: LearnerLost | None = None
     while lost is not None or not run.over:
         try:

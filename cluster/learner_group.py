@@ -108,7 +108,7 @@ class LearnerGroup:
         await self._all(lambda it: it.save, str(folder.resolve()))
 
     async def wait_saved(self) -> None:
-        """Until what `save` began is written."""
+        """Wait until what `save` began is written."""
         deadline = time.monotonic() + self._timeout_s
         while not all(await self._all(lambda it: it.saved)):
             if time.monotonic() > deadline:

@@ -22,7 +22,7 @@ from actors.trajectory import Key, Prompt
 
 @dataclass
 class Lease:
-    """A prompt that is out. `version`: the learner's when it was leased; its tokens are as new."""
+    """A prompt that is out. `version`: the proved one when it was leased; its tokens are as new or newer."""
 
     prompt: Prompt
     number: int
@@ -132,7 +132,7 @@ class Ledger:
         return [lease.prompt for lease in self._leases.values() if not lease.finished]
 
     def clear(self) -> None:
-        """As if nothing had ever been leased."""
+        """Forget every lease, drop and finished prompt."""
         for counts in (self._leases, self._num_out, self._num_done):
             counts.clear()
         self._next_number = self._num_finished = 0

@@ -88,7 +88,7 @@ def microbatches(config: RunConfig, longest: int) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:
-    """On disk: weights and AdamW's two moments in float32, and a margin."""
+    """Bytes on disk: weights and AdamW's two moments in float32, and a margin."""
     separate = config.ppo.uses_critic and config.ppo.value_model == "separate"
     return num_parameters * 14 * (2 if separate else 1)
 
@@ -200,7 +200,7 @@ def _reward_models(scorer: ScorerConfig, shapes: Shapes, tokens: int) -> dict[st
 
 
 def _place(config: RunConfig, need: Need, process: int) -> Need:
-    """With the process itself; on CPU everything is the machine's."""
+    """Add the process itself; on CPU everything is the machine's memory."""
     if config.device == "cpu":
         return replace(need, host={"process": process, **need.device, **need.host}, device={})
     return replace(

@@ -169,7 +169,7 @@ class TensorBoardSink:
 
 
 def gauge_name(name: str) -> str:
-    """As Ray is told; Ray exports it with "ray_" before it."""
+    """The gauge's name that Ray is told; Ray exports it with "ray_" before it."""
     return "raylign_" + re.sub(r"\W", "_", name, flags=re.ASCII)
 
 

@@ -37,7 +37,7 @@ def work(config: RunConfig, inputs: Inputs, shapes: Shapes) -> Work:
     tokens = config.batch_size * prompt_tokens + rows
 
     def forward(shape: Shape, *, head: bool) -> float:
-        """Of all layers on every token, and of the head on those of completions."""
+        """Operations of all layers on every token, and of the head on completion tokens."""
         return 2.0 * (tokens * shape.layers * shape.layer + rows * shape.embedding * head)
 
     ppo = config.ppo
@@ -51,7 +51,7 @@ def work(config: RunConfig, inputs: Inputs, shapes: Shapes) -> Work:
 
 
 def step_seconds(config: RunConfig, inputs: Inputs, shapes: Shapes) -> float:
-    """On CPU, where every role's process computes with one thread."""
+    """Seconds of one step on CPU, where every role's process computes with one thread."""
     done, cores = work(config, inputs, shapes), os.cpu_count() or 1
     policy, longest = shapes.policy, longest_sequence(config, inputs)
     at_once = tokens_at_once(config, config.batch_size // config.ppo.minibatches, longest)

@@ -141,13 +141,13 @@ class Host(Protocol):
         ...
 
     async def keep(self, member: Member, payload: Any, *, within: float) -> Any:
-        """What `ask_beside` gave of a member's, where no other machine's loss can reach it. RoleFailed
-        if it is lost already."""
+        """Copy a payload of `ask_beside` to this machine, so that losing the member's machine cannot lose
+        it. RoleFailed if it is lost already."""
         ...
 
     async def same_machine(self, members: list[Member]) -> bool: ...
     async def address(self, member: Member) -> str:
-        """Of its machine, as the others reach it."""
+        """The address of its machine, as the others reach it."""
         ...
 
     def num_gpus(self) -> float: ...

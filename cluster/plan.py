@@ -44,7 +44,7 @@ def plan(config: RunConfig, inputs: Inputs) -> list[Row]:
 
 
 def show(rows: Iterable[Row]) -> None:
-    """As a table on a terminal, as plain lines elsewhere."""
+    """Print it: a table on a terminal, plain lines elsewhere."""
     console = Console(highlight=False)
     if not console.is_terminal:
         for label, text in rows:
@@ -115,7 +115,7 @@ def _step(config: RunConfig, inputs: Inputs) -> Iterator[Row]:
 
 
 def _time(config: RunConfig, inputs: Inputs) -> str:
-    """By an earlier run of the same name, if there is one; else roughly, if that can be told."""
+    """Time of a step: from an earlier run of that name, if there is one, else a rough estimate, if any."""
     took = list(_step_seconds(config.run_dir / "metrics.jsonl"))
     if took:
         step_s, by = statistics.median(took), "a step in the earlier run of this name"

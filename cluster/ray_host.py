@@ -146,7 +146,7 @@ class RayHost:
         return len({node for node, _ in await asyncio.gather(*asked)}) == 1
 
     async def address(self, member: Member) -> str:
-        """As Ray has it: a machine's own name often means loopback."""
+        """The node's address as Ray knows it: a machine's own name often means loopback."""
         asked = member.handle.__ray_call__.remote(_node_ip)
         address: str = await ask(member, fetch, asked, within=PLACEMENT_TIMEOUT_S)
         return address
@@ -213,7 +213,7 @@ def _address(given: str | None) -> str:
 
 
 def fetch(reference: Any) -> Any:
-    """To be asked like a method: what the reference is to."""
+    """Get what the reference points to; it can be asked like a method."""
     return reference
 
 

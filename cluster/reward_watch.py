@@ -48,7 +48,7 @@ def _say_lost(run: Run, reason: str, stack: str) -> None:
 
 
 async def _back(run: Run, failed: RoleFailed) -> int:
-    """Its new process, once it answers, within the time that it may take to start."""
+    """Wait until its new process answers, within the time that it may take to start."""
     if failed.kind == "raised":
         raise failed
     stack = await run.host.stack(run.rewards) if failed.kind == "silent" else ""

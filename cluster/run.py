@@ -125,7 +125,7 @@ class Run:
         return await self.wait_push() if self.config.max_staleness == 0 else metrics
 
     async def wait_push(self) -> dict[str, float]:
-        """Once every generator has proved what was last published: metrics of that push."""
+        """Wait until every generator has proved what was last published; metrics of that push."""
         return await self.supervisor.wait_push()
 
     async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
@@ -165,8 +165,8 @@ class Run:
             self._saving = asyncio.create_task(self._end(save, started, stall_s))
 
     async def wait_checkpoint(self) -> None:
-        """Once the checkpoint that was begun last is written, or given up. It goes on being written if
-        nobody waits for it any more."""
+        """Wait until the checkpoint that was begun last is written, or given up. Cancelling the wait does
+        not stop the writing."""
         if (saving := self._saving) is None:
             return
         try:
@@ -232,7 +232,7 @@ class Run:
         return self.step == self.config.num_steps or self.stop.is_set()
 
     def rewind(self, step: int, num_dropped: int) -> None:
-        """Become the run that has done `step` steps, in its files and figures."""
+        """Take files and figures back to the end of `step`."""
         self.step = step
         self.saved_step = None
         self._refused_in_a_row = 0
@@ -248,7 +248,7 @@ class Run:
         return past
 
     def _doing(self, role: str, what: str) -> None:
-        """For the live view: what a role is at."""
+        """Tell the live view what a role is doing."""
         self.view.roles({role: what})
 
 

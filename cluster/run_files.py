@@ -143,7 +143,7 @@ class RunFiles:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Whoever reads it finds the old text or the new one."""
+    """Replace a file's text: a reader finds the old text or the new one."""
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text)
     os.replace(aside, path)

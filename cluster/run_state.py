@@ -61,7 +61,7 @@ class Save:
         return not self._refused
 
     async def _commit(self) -> None:
-        """Once it has begun it is done, even if nobody waits for it any more."""
+        """Give the checkpoint its name, to the end, even if the caller is cancelled."""
         keep = self._run.config.checkpoint.keep
         commit = asyncio.to_thread(checkpoints.commit, self._aside, self.step, keep)
         committing = asyncio.create_task(commit)

@@ -37,7 +37,7 @@ class RunRecord:
 
     @property
     def state(self) -> str:
-        """As the run wrote it, or "died" when it claims to go on and its process is gone."""
+        """What the run wrote last, or "died" if it claims to go on and its process is gone."""
         state = self.status.get("state", "unknown")
         return "died" if state in GOING_ON and not goes_on(self.status) else state
 

@@ -71,7 +71,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of the networks of a run; `rewards`: by the reward model's folder."""
+    """Shapes of a run's networks; `rewards`: by the reward model's folder."""
 
     policy: Shape
     reference: Shape

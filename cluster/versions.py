@@ -43,7 +43,7 @@ def check_versions() -> None:
 
 
 def declared_ranges() -> dict[str, SpecifierSet]:
-    """Of Python and PACKAGES, as pyproject.toml has them."""
+    """The version ranges of Python and PACKAGES in pyproject.toml."""
     if PYPROJECT.is_file():
         project = tomllib.loads(PYPROJECT.read_text())["project"]
         extras = project["optional-dependencies"]

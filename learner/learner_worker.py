@@ -1,6 +1,6 @@
 """One rank of the learner: models, PPO update, weight publishing, checkpoints. A plain class.
 
-Every method is a collective, all ranks are called, in the same order, but for those that say otherwise.
+Unless it says otherwise, every method is a collective: all ranks call it, in the same order.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _store(rendezvous: Rendezvous, rank: int, timeout: timedelta) -> dist.Store:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In place; every rank must call it with the same shape."""
+    """Sum in place; every rank must call it with the same shape."""
     dist.all_reduce(tensor, dist.ReduceOp.SUM)
     return tensor
 

@@ -31,7 +31,7 @@ class Undo:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """To be called before each optimizer step that others may follow; the first one counts."""
+        """Call it before each optimizer step that others may follow; the first call of a step counts."""
         if self._holds:
             return
         self._kept = {name: _copy(it, self._kept.get(name)) for name, it in self._tensors()}

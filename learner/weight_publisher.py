@@ -95,7 +95,7 @@ class WeightPublisher:
 
     @contextlib.contextmanager
     def _writing(self, turn: int) -> Iterator[None]:
-        """Nobody reads the segment while we write it; rank 0 sees to that for all."""
+        """Hold the segment's lock, by rank 0 for all ranks, so that nobody reads what is being written."""
         if not self._segments:
             yield
             return

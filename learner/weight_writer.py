@@ -91,8 +91,8 @@ class WeightWriter:
         return Written(digests, write_s, *timed(ask_probe))
 
     def _write_beside(self, image: np.ndarray, ask_probe: Callable[[], Probe]) -> Written:
-        """By a thread, while this one answers the probe and then helps: no rank waits for another, so the
-        two need not wait for each other."""
+        """Write in a second thread, while this one answers the probe and then helps. With one rank no
+        collective makes the two wait for each other."""
         started, buckets = time.perf_counter(), self._layout.buckets
         with ThreadPoolExecutor(1) as writer:
             writing = [writer.submit(self._write_bucket, image, bucket) for bucket in buckets]

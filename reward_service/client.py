@@ -31,8 +31,9 @@ class RewardClient:
     """
 
     def __init__(self, call: Call, config: RewardServiceConfig, *, max_batches: int = 1) -> None:
-        """`max_batches`: that the service may have to score, of all callers, before it has answered. It
-        ends each within deadline_s itself, so the client's own limit is for a service that is stuck."""
+        """`max_batches`: the most batches that the service may have to score before it answers one call,
+        over all callers. It ends each within deadline_s, so the client's limit is for a service that is
+        stuck."""
         self._call = call
         self._config = config
         self._deadline_s = config.deadline_s * -(-max_batches // config.max_concurrency)

@@ -178,7 +178,7 @@ def start(python: str, report: int) -> int:
 
 
 def end_by(deadline_ms: int, init: int, report: int) -> None:
-    """Once init is gone, and with it all that was started in its namespace."""
+    """Wait until init is gone, and with it everything that was started in its namespace."""
     ends = select.poll()
     ends.register(os.pidfd_open(init))
     if not ends.poll(deadline_ms):

@@ -193,7 +193,12 @@ async def test_a_stop_in_the_middle_finishes_the_step_at_hand_and_checkpoints_it
 async def test_a_stop_while_waiting_for_rollouts_checkpoints_the_step_before() -> None:
     run = await trained(9, stop_in_take_at=3)
     assert run.steps_of("update") == [0, 1, 2]
-    assert [verb for verb, _ in run.calls[-4:]] == ["take", "wait_push", "checkpoint", "wait_checkpoint"]
+    assert [verb for verb, _ in run.calls[-4:]] == [
+        "take",
+        "wait_push",
+        "checkpoint",
+        "wait_checkpoint",
+    ]
     assert run.step == 3
 
 
