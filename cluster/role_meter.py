@@ -44,13 +44,9 @@ class RoleMeter:
         self._first: Counters | None = None
         self._last: Counters | None = None
 
-    @property
-    def begun(self) -> bool:
-        return self._first is not None
-
     async def begin(self) -> None:
-        """Before the first prompt goes out; when it has begun, nothing."""
-        if not self.begun:
+        """Call it before prompts go out; only the first call counts."""
+        if self._first is None:
             self._first = self._last = await self._counters()
 
     def spent(self, activity: str, seconds: float) -> float:

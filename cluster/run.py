@@ -45,6 +45,7 @@ class Run:
     stopped_by: int | None = None  # the signal's number
     stop_asked_at: float = 0.0  # time.monotonic
     step: int = 0
+    rolling_out: bool = False  # prompts have gone out, since this process began
     published: int = 0  # the newest version that was written for the generators
     saved_step: int | None = None  # of the newest checkpoint that this process has written
     evaluations: list[Evaluated] = field(default_factory=list)
@@ -66,6 +67,7 @@ class Run:
         if self._saving is not None and self._saving.done():
             await self.wait_checkpoint()  # raises what it failed of
         await self.meter.begin()
+        self.rolling_out = True
         self.boundary = (self.supervisor.stream.cursor, self.files.num_dropped())
         await self.supervisor.admit()
         return await self.supervisor.take(self.step, self.stop)
@@ -131,7 +133,7 @@ class Run:
     async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
         proofs = await self.supervisor.push(update)
         seconds = time.perf_counter() - started
-        if self.config.max_staleness and self.meter.begun:
+        if self.config.max_staleness and self.rolling_out:
             await self.supervisor.admit()
         return {
             "weights/push_s": seconds,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluster.run import Run
 
-AGAIN_S = 1.0  # one Ctrl-C may come twice: from the terminal, and from a parent that passes it on
-ENDING_S = (
-    90.0  # what the grace's end leaves to do: a checkpoint that is being written, and closing
-)
+# One Ctrl-C may come twice: from the terminal, and from a parent that passes it on.
+AGAIN_S = 1.0
+# For what is left when the grace has ended: a checkpoint that is being written, and closing.
+ENDING_S = 90.0
 
 
 def ask_to_stop(run: Run, received: signal.Signals, work: asyncio.Task[Any]) -> None:
@@ -24,7 +24,7 @@ def ask_to_stop(run: Run, received: signal.Signals, work: asyncio.Task[Any]) -> 
             work.cancel()
         return
     run.stopped_by, run.stop_asked_at = received, time.monotonic()
-    if not run.meter.begun:
+    if not run.rolling_out:
         run.view.note(f"{received.name}: ended before the first step")
         work.cancel()
     else:

@@ -21,12 +21,12 @@ from tests.test_secrets import TalkativeEngine, config, raylign, world  # noqa: 
 class Run:
     """What ask_to_stop sees of one."""
 
-    def __init__(self, grace_s: float, *, begun: bool = True) -> None:
+    def __init__(self, grace_s: float, *, rolling_out: bool = True) -> None:
         self.config = SimpleNamespace(stop_grace_s=grace_s)
         self.stop, self.stopped_by, self.stop_asked_at = asyncio.Event(), None, 0.0
         self.said: list[str] = []
         self.view = SimpleNamespace(note=self.said.append)
-        self.meter = SimpleNamespace(begun=begun)
+        self.rolling_out = rolling_out
 
 
 def ask(run: Run, work: asyncio.Task[Any]) -> None:
@@ -50,7 +50,7 @@ async def test_the_step_has_the_grace_and_no_more() -> None:
 
 
 async def test_before_the_first_step_there_is_nothing_to_wait_for() -> None:
-    run, work = Run(60, begun=False), endless()
+    run, work = Run(60, rolling_out=False), endless()
     ask(run, work)
     assert run.stopped_by == signal.SIGTERM
     await asyncio.wait([work], timeout=5)
