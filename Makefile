@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-quickstart: setup ## SFT, reward model and PPO on a tiny help desk, in about three minutes
+quickstart: setup ## SFT, reward model and PPO on a tiny help desk, in two minutes once installed
 	@PATH=$(BIN):$$PATH SEED=$(SEED) examples/support_replies/quickstart.sh
 
 arithmetic: setup ## SFT and PPO with a verifiable reward: learn to carry

@@ -1,4 +1,4 @@
-"""What is asked of a generator, and how it says that it can not."""
+"""What is asked of a generator, and how it says that it cannot."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class LearnerWorker:
 
     def last_update(self, in_message: bool) -> WeightUpdate | None:
         """What was last published, in full, for a generator that holds no version yet; on rank 0.
-        `in_message`: it can not map the segment. No collective, and whatever the weights have become
+        `in_message`: it cannot map the segment. No collective, and whatever the weights have become
         since."""
         assert self._publisher is not None, "prepare_publish comes first"
         return self._publisher.last_update(in_message)

@@ -55,7 +55,7 @@ def token_logprobs(
     not use, or weighs with 0, costs nothing in the backward pass.
     """
     hidden = hidden.to(head_weight.dtype)
-    # Inside a Function it can not be told.
+    # Inside a Function it cannot be told.
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
     to_keep = KEPT_LOGITS_BYTES if differentiable else 0
     return _TokenLogprobs.apply(

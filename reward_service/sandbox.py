@@ -26,11 +26,11 @@ OVERDUE_S = 5.0  # the child keeps the deadline; so much later it is killed from
 
 
 class IsolationMissing(Exception):
-    """This machine can not isolate code, so it is not run. One line: what is missing, and the fix."""
+    """This machine cannot isolate code, so it is not run. One line: what is missing, and the fix."""
 
     def __init__(self, missing: str) -> None:
         super().__init__(
-            f"code is not run, as it can not be isolated here ({missing}); allow user namespaces: "
+            f"code is not run, as it cannot be isolated here ({missing}); allow user namespaces: "
             "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0, in a container a "
             "seccomp profile with unshare and mount"
         )
@@ -65,7 +65,7 @@ DEFAULTS = SandboxLimits()
 async def run_python(
     code: str, *, stdin: str = "", limits: SandboxLimits = DEFAULTS
 ) -> SandboxResult:
-    """Run `code` as a program. IsolationMissing if any part of the isolation can not be had; whatever the
+    """Run `code` as a program. IsolationMissing if any part of the isolation cannot be had; whatever the
     code does is a result. A call that is cancelled ends its processes."""
     require_isolation()
     with _Call(code, stdin, limits) as call:

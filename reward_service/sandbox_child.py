@@ -81,7 +81,7 @@ def isolate(prefix: str, folder_bytes: int) -> None:
 
 
 def _new_root(prefix: str, folder_bytes: int) -> None:
-    """A root of bind mounts that can not be written, and one empty folder that can."""
+    """A root of bind mounts that cannot be written, and one empty folder that can."""
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     _mount("tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=64k,mode=755")
     if not prefix.startswith("/usr/") and prefix != "/usr":

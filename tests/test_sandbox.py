@@ -1,4 +1,4 @@
-"""Code that means harm is contained, in seconds; where a part of that can not be had, nothing runs."""
+"""Code that means harm is contained, in seconds; where a part of that cannot be had, nothing runs."""
 
 from __future__ import annotations
 

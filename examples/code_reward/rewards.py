@@ -4,7 +4,7 @@ reward:
   scorer: {kind: function, function: "examples.code_reward.rewards:passed_cases"}
 
 A prompt's metadata says them: {"cases": [["3 4\\n", "7\\n"], ...]}, what it reads and what it should print.
-The latter never enters the sandbox: a program can not pass by looking at it, or at how it is tested.
+The latter never enters the sandbox: a program cannot pass by looking at it, or at how it is tested.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from reward_service.api import ScoreRequest
 from reward_service.sandbox import SandboxLimits, require_isolation, run_python
 
-require_isolation()  # where code can not be isolated, no run begins
+require_isolation()  # where code cannot be isolated, no run begins
 
 # The time of the CPU decides, not that of the clock: a score must not depend on how busy the machine is.
 LIMITS = SandboxLimits(cpu_s=2, deadline_s=30)

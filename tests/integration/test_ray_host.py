@@ -115,7 +115,7 @@ async def test_its_token_is_in_no_file_and_no_command_line(host: RayHost) -> Non
     token = os.environ["RAY_AUTH_TOKEN"]
     worker = start(host, Worker)
     pid = await ask(worker, worker.handle.pid, within=60)
-    assert token in Path(f"/proc/{pid}/environ").read_text()  # which other users can not read
+    assert token in Path(f"/proc/{pid}/environ").read_text()  # which other users cannot read
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
             assert token.encode() not in command.read_bytes()
