@@ -86,7 +86,7 @@ def _read(config: RunConfig) -> Inputs:
     check_context(config.generators, model)
     check_heads(config.generators, model)
     for folder, key in _companions(config):
-        policy_config(folder, key)
+        policy_config(folder, key, head=key == "reference")
         same_vocabulary(config.policy, folder, key)
     check_scorer(config.reward.scorer, config.policy, "reward.scorer")
     prompts, dropped = _prompts(config, config.prompts, tokenizer)

@@ -6,6 +6,7 @@ A case changes what would be a good config; `named` stands in the line that refu
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 
@@ -76,6 +78,21 @@ def dropping(world: World) -> str:
     folder = Path(model_folder(world, "model.safetensors", "tokenizer.json"))
     settings = json.loads((world.policy / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+    return str(folder)
+
+
+def renamed(world: World, name: Callable[[str], str | None]) -> str:
+    """The policy with its weights under other names; None takes a weight out."""
+    folder = Path(shutil.copytree(world.policy, world.folder / "half"))
+    path = folder / "model.safetensors"
+    weights = {new: w for old, w in load_file(path).items() if (new := name(old))}
+    save_file(weights, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def cut(world: World) -> str:
+    folder = Path(shutil.copytree(world.policy, world.folder / "half"))
+    (folder / "model.safetensors").write_bytes(b"")
     return str(folder)
 
 
@@ -197,6 +214,18 @@ CASES: dict[str, Case] = {
     ),
     "a policy with dropout": Case(
         lambda w: {"policy": dropping(w)}, ("policy: ", "attention_dropout is 0.1", "set it to 0")
+    ),
+    "a policy that lacks a layer": Case(
+        lambda w: {"policy": renamed(w, lambda name: None if "layers.0." in name else name)},
+        ("policy: ", "lack layer 0 of", "would be random", "copy the model again"),
+    ),
+    "a policy as a wrapper saved it": Case(
+        lambda w: {"policy": renamed(w, lambda name: f"module.{name}")},
+        ("policy: ", "named module.model.", "take 'module.' off"),
+    ),
+    "a reference whose file is cut": Case(
+        lambda w: {"reference": cut(w)},
+        ("reference: ", "model.safetensors is no safetensors file", "copy the model again"),
     ),
     "a reference of another vocabulary": Case(
         lambda w: {"reference": str(w.stranger)},
