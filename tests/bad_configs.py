@@ -134,6 +134,9 @@ CASES: dict[str, Case] = {
     "grpo of one sample": changes(
         {"ppo.advantage": "grpo", "sampling.samples_per_prompt": 1}, "samples_per_prompt", "2 or more"
     ),
+    "grpo with the KL in the reward": changes(
+        {"ppo.advantage": "grpo", "ppo.kl.where": "reward"}, "ppo: kl.where: reward", "set it to loss"
+    ),
     "shared weights on a GPU": changes(
         {"generators.weight_memory": "shared", "device": "cuda"}, "weight_memory: shared", "leave it out"
     ),
