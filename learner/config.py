@@ -61,6 +61,14 @@ class KLConfig(StrictModel):
         10000  # trajectories over which it adapts (Ziegler et al. 2019, section 2.2)
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            raise ValueError(
+                "coef: 0 stays 0 with a target, which multiplies it; set coef above 0, or leave out target"
+            )
+        return self
+
 
 class PtxConfig(StrictModel):
     """PPO-ptx: + coef * E[log pi(x)] over a Parquet or JSONL of prompt, completion rows."""

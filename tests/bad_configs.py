@@ -137,6 +137,9 @@ CASES: dict[str, Case] = {
     "grpo with the KL in the reward": changes(
         {"ppo.advantage": "grpo", "ppo.kl.where": "reward"}, "ppo: kl.where: reward", "set it to loss"
     ),
+    "a KL target without a coefficient": changes(
+        {"ppo.kl": {"coef": 0, "target": 5}}, "ppo.kl: coef: 0", "set coef above 0"
+    ),
     "shared weights on a GPU": changes(
         {"generators.weight_memory": "shared", "device": "cuda"}, "weight_memory: shared", "leave it out"
     ),
