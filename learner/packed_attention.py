@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from learner.model_limits import longest_exact
+
 NAME = "raylign_packed"
 # Extra arguments by which some models change the attention itself.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -73,6 +75,15 @@ def packed_attention(
             f"{tuple(query.shape)}, key {tuple(key.shape)}"
         )
     longest = max(end - start for start, end in pairwise(cu_seqlens))
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} makes a mask of its own, {NAME} computes none")
+    config = getattr(module, "config", None)
+    most = longest_exact(vars(config)) if config is not None else None
+    if most is not None and longest > most:
+        raise ValueError(
+            f"{type(module).__name__}: its longrope changes beyond {most} tokens, which a sequence of "
+            f"{longest} would do to its whole row; make sequences shorter"
+        )
     if dropout != 0:
         raise ValueError(f"attention dropout {dropout}: set attention_dropout to 0 in the config")
     if not getattr(module, "is_causal", True):

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from learner.config import LearnerConfig
 from learner.linear import use_fast_products
 from learner.logprobs import token_logprobs
-from learner.model_limits import refuse_dropout
+from learner.model_limits import refuse_inexact
 from learner.packed_attention import use_packed_attention
 from learner.packing import PackedRows
 from learner.sharding import shard
@@ -170,7 +170,7 @@ def _pretrained(kind: Any, folder: str) -> Any:
 
 def _prepared(hf_config: Any, folder: str) -> Any:
     """A copy of its own: models that share a config object share their attention setting too."""
-    refuse_dropout(folder, hf_config.to_dict())
+    refuse_inexact(folder, hf_config.to_dict())
     hf_config = copy.deepcopy(hf_config)
     hf_config.use_cache = False
     return hf_config

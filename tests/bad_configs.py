@@ -21,6 +21,8 @@ from tests import tiny
 
 FUNCTION = {"kind": "function", "function": "examples.arithmetic.rewards:exact_answer"}
 
+LONG_ROPE = {"type": "longrope", "original_max_position_embeddings": 16}
+
 
 @dataclass(frozen=True)
 class World:
@@ -74,10 +76,12 @@ def model_folder(world: World, *files: str) -> str:
     return str(folder)
 
 
-def dropping(world: World) -> str:
-    folder = Path(model_folder(world, "model.safetensors", "tokenizer.json"))
-    settings = json.loads((world.policy / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+def configured(world: World, **settings: Any) -> str:
+    """The policy under other settings of its config.json."""
+    names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    folder = Path(model_folder(world, *names))
+    given = json.loads((world.policy / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(given | settings))
     return str(folder)
 
 
@@ -93,15 +97,6 @@ def renamed(world: World, name: Callable[[str], str | None]) -> str:
 def cut(world: World) -> str:
     folder = Path(shutil.copytree(world.policy, world.folder / "half"))
     (folder / "model.safetensors").write_bytes(b"")
-    return str(folder)
-
-
-def short(world: World) -> str:
-    folder = Path(
-        model_folder(world, "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    )
-    settings = json.loads((world.policy / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 12}))
     return str(folder)
 
 
@@ -219,7 +214,24 @@ CASES: dict[str, Case] = {
         ("half", "no tokenizer.json"),
     ),
     "a policy with dropout": Case(
-        lambda w: {"policy": dropping(w)}, ("policy: ", "attention_dropout is 0.1", "set it to 0")
+        lambda w: {"policy": configured(w, attention_dropout=0.1)},
+        ("policy: ", "attention_dropout is 0.1", "set it to 0")
+    ),
+    "a policy whose router is noisy": Case(
+        lambda w: {"policy": configured(w, router_jitter_noise=0.1)},
+        ("policy: ", "router_jitter_noise is 0.1", "set it to 0"),
+    ),
+    "a policy that caps its logits": Case(
+        lambda w: {"policy": configured(w, attn_logit_softcapping=50.0)},
+        ("policy: ", "attn_logit_softcapping is 50.0", "give a model without it"),
+    ),
+    "a policy that masks by itself": Case(
+        lambda w: {"policy": configured(w, model_type="doge")},
+        ("policy: ", "a mask of its own", "another model than a doge"),
+    ),
+    "a policy whose rope changes on the way": Case(
+        lambda w: {"policy": configured(w, rope_scaling=LONG_ROPE)},
+        ("policy: ", "beyond 16 tokens", "generators.max_model_len allows 32", "16 or less"),
     ),
     "a policy that lacks a layer": Case(
         lambda w: {"policy": renamed(w, lambda name: None if "layers.0." in name else name)},
@@ -254,7 +266,7 @@ CASES: dict[str, Case] = {
         ("evaluation.scorer: ", "not the policy's"),
     ),
     "a reference with too few positions": Case(
-        lambda w: {"reference": short(w)},
+        lambda w: {"reference": configured(w, max_position_embeddings=12)},
         ("reference: ", "max_position_embeddings is 12", "13 tokens", "by 1"),
     ),
     "no reward model": changes(

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -404,6 +406,34 @@ def test_sequences_within_the_window_keep_every_bit():
     )
     assert torch.equal(whole[:, :8], windowed[:, :8])
     assert not torch.equal(whole[:, 8:], windowed[:, 8:])
+
+
+def test_a_mask_that_a_model_makes_itself_is_refused_not_forgotten(model):
+    use_packed_attention(model)
+    row = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=r"Attention makes a mask of its own"):
+        packed_attention.packed_attention(
+            model.model.layers[0].self_attn,
+            row,
+            row,
+            row,
+            torch.zeros(1, 1, 3, 3),
+            cu_seqlens=(0, 3),
+        )
+
+
+def test_a_sequence_that_would_turn_the_others_of_its_row_otherwise_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    config = Phi3Config(
+        **SIZES, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope | factors
+    )
+    model = Phi3ForCausalLM(config)
+    use_packed_attention(model)
+    short = packed_logits(model, [list(range(9)), list(range(16))])[0][:9]
+    torch.testing.assert_close(short, packed_logits(model, [list(range(9))])[0])
+    with pytest.raises(ValueError, match=r"longrope changes beyond 16 tokens.* of 17 would"):
+        packed_logits(model, [list(range(9)), list(range(17))])
 
 
 def test_layers_that_mix_tokens_without_attention_are_refused():
