@@ -12,7 +12,8 @@ The ratio, with d = logprobs - old_logprobs and len_i the tokens of completion i
   token          exp(d_t) for each token
   sequence       exp(sum d), of the whole completion, whose term counts once: 1 / len_i on each of
                  its tokens (so with token-wise advantages: the mean of its tokens' terms)
-  sequence_mean  exp(mean d) on each of its tokens (GSPO, Zheng et al. 2025, eq. 7)
+  sequence_mean  exp(mean d) on each of its tokens (the ratio of GSPO, Zheng et al. 2025, eq. 7; its
+                 objective, eq. 5, gives each completion the same weight, here it has len_i)
 All three are divided by num_loss_tokens. Hence at ratio 1, with one advantage per completion, they
 have the same gradient, sum_i A_i grad log pi(y_i | x_i) / num_loss_tokens, so that a learning rate
 means the same under each; they differ only in which tokens are clipped together.
