@@ -21,6 +21,7 @@ from cluster.memory import checkpoint_bytes
 from cluster.model_folder import (
     check_context,
     check_heads,
+    check_longest,
     check_positions,
     check_reward_model,
     check_tokenizer,
@@ -85,8 +86,11 @@ def _read(config: RunConfig) -> Inputs:
     check_tokenizer(config.policy, tokenizer, model)
     check_context(config.generators, model)
     check_heads(config.generators, model)
+    length = ("generators.max_model_len", config.generators.max_model_len)
+    check_longest(config.policy, "policy", *length)
     for folder, key in _companions(config):
-        policy_config(folder, key)
+        check_longest(folder, key, *length)
+        policy_config(folder, key, head=key == "reference")
         same_vocabulary(config.policy, folder, key)
     check_scorer(config.reward.scorer, config.policy, "reward.scorer")
     prompts, dropped = _prompts(config, config.prompts, tokenizer)

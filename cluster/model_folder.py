@@ -11,7 +11,8 @@ from typing import Any
 
 from actors.config import GeneratorsConfig
 from actors.prompts import load_tokenizer
-from learner.model_limits import refuse_dropout
+from learner.model_limits import check_rope, refuse_inexact
+from learner.weight_names import check_weights
 
 
 def model_config(folder: str, key: str) -> dict[str, Any]:
@@ -33,10 +34,12 @@ def model_config(folder: str, key: str) -> dict[str, Any]:
     return config
 
 
-def policy_config(folder: str, key: str) -> dict[str, Any]:
-    """`model_config` of a model that the learner trains or compares with: it must compute it exactly."""
+def policy_config(folder: str, key: str, *, head: bool = True) -> dict[str, Any]:
+    """`model_config` of a model that the learner trains or compares with: it must compute it exactly,
+    and find all its weights. `head`: as a language model, not as a critic."""
     config = model_config(folder, key)
-    refuse_dropout(f"{key}: {folder}", config)
+    refuse_inexact(f"{key}: {folder}", config)
+    check_weights(f"{key}: {folder}", folder, config, head=head)
     return config
 
 
@@ -52,6 +55,12 @@ def check_reward_model(folder: str, key: str) -> None:
         raise ValueError(
             f"{key}: {folder}: {what} is no reward model; train one from it with `raylign reward-model`"
         )
+    check_weights(f"{key}: {folder}", folder, config, head=False)
+
+
+def check_longest(folder: str, key: str, of: str, longest: int) -> None:
+    """ValueError if a model that learns is not exact for as many tokens as the config's key `of` allows."""
+    check_rope(f"{key}: {folder}", model_config(folder, key), of, longest)
 
 
 def same_vocabulary(policy: str, other: str, key: str) -> None:

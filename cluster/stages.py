@@ -14,7 +14,7 @@ from cluster.hosting import hosting
 from cluster.learner_group import meet, met_at
 from cluster.live_view import LiveView
 from cluster.metrics import MetricsWriter, reduce_ranks
-from cluster.model_folder import model_config, policy_config
+from cluster.model_folder import check_longest, model_config, policy_config
 from cluster.placement import Host, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
@@ -41,6 +41,7 @@ def _check_sft(config: SFTRunConfig, *, in_process: bool) -> None:
         from learner.supervised import load_supervised
     try:
         policy_config(config.model, "model")
+        check_longest(config.model, "model", "sft.max_tokens", config.sft.max_tokens)
         load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)
     except ValueError as error:
         raise BadInput(str(error)) from None

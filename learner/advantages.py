@@ -75,7 +75,8 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: GroupKind) -> T
 
     grpo: (R - mean) / (sd + 1e-4) in the group, sd of the population (Shao et al. 2024, 4.1.2).
     rloo: R - mean of the group's other scores (Ahmadian et al. 2024, eq. 8).
-    reinforce++: (R - mean) / sd over the whole batch, groups ignored (Hu et al. 2025).
+    reinforce++: (R - mean) / sd over the whole batch, groups ignored (after Hu et al. 2025, who take the
+    KL to go for each token and whiten over tokens).
     A group of one has nothing to be compared with: grpo and rloo give it 0.
     """
     exact = scores.double()  # equal scores must give 0, not rounding noise divided by 1e-4

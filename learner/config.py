@@ -54,11 +54,20 @@ class KLConfig(StrictModel):
     """KL to the reference policy: k1 inside the reward, or k3 inside the loss."""
 
     coef: float = Field(default=0.05, ge=0)
-    where: Literal["reward", "loss"] = "reward"
+    # Default: loss for grpo, whose standardisation would blow up a penalty in the reward; else reward.
+    where: Literal["reward", "loss"] | None = None
     target: PositiveFloat | None = None  # nats a completion; given: the coefficient adapts to it
     horizon: PositiveInt = (
         10000  # trajectories over which it adapts (Ziegler et al. 2019, section 2.2)
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target is not None and self.coef == 0:
+            raise ValueError(
+                "coef: 0 stays 0 with a target, which multiplies it; set coef above 0, or leave out target"
+            )
+        return self
 
 
 class PtxConfig(StrictModel):
@@ -113,6 +122,20 @@ class PPOConfig(StrictModel):
     @property
     def uses_critic(self) -> bool:
         return self.advantage not in CRITIC_FREE
+
+    @model_validator(mode="after")
+    def _place_kl(self) -> Self:
+        kl, grpo = self.kl, self.advantage == "grpo"
+        if grpo and kl.where == "reward" and kl.coef > 0:
+            raise ValueError(
+                "kl.where: reward with advantage: grpo would scale the KL of a group with equal scores "
+                "to a full advantage; set it to loss"
+            )
+        if kl.where is None:
+            where = "loss" if grpo else "reward"
+            # The model is frozen; what stands in config.yaml is what is done.
+            object.__setattr__(self, "kl", kl.model_copy(update={"where": where}))
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from learner.model_limits import longest_exact
+
 NAME = "raylign_packed"
 # Extra arguments by which some models change the attention itself.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -62,7 +64,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention in each sequence: query [1,Hq,T,D], key and value [1,Hkv,T,D] -> [1,T,Hq,D].
 
-    cu_seqlens: 0 and each sequence's end, on the host. Called by transformers' layers.
+    cu_seqlens: 0 and each sequence's end, on the host. A token sees itself and the sliding_window - 1
+    before it. Called by transformers' layers.
     """
     if cu_seqlens is None:
         raise ValueError(f"{NAME} needs model(..., cu_seqlens=packed.cu_seqlens)")
@@ -72,8 +75,15 @@ def packed_attention(
             f"{tuple(query.shape)}, key {tuple(key.shape)}"
         )
     longest = max(end - start for start, end in pairwise(cu_seqlens))
-    if sliding_window is not None and sliding_window < longest:
-        raise ValueError(f"sliding_window {sliding_window} is below a sequence of {longest} tokens")
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} makes a mask of its own, {NAME} computes none")
+    config = getattr(module, "config", None)
+    most = longest_exact(vars(config)) if config is not None else None
+    if most is not None and longest > most:
+        raise ValueError(
+            f"{type(module).__name__}: its longrope changes beyond {most} tokens, which a sequence of "
+            f"{longest} would do to its whole row; make sequences shorter"
+        )
     if dropout != 0:
         raise ValueError(f"attention dropout {dropout}: set attention_dropout to 0 in the config")
     if not getattr(module, "is_causal", True):
@@ -81,7 +91,17 @@ def packed_attention(
     if used := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
         raise ValueError(f"{type(module).__name__} needs {used}, which {NAME} does not compute")
     attend = _flash if _flash_can(query) else _loop
-    return attend(query, key, value, cu_seqlens, longest, scaling), None
+    window = min(sliding_window or _own_window(module) or longest, longest)
+    return attend(query, key, value, cu_seqlens, longest, window, scaling), None
+
+
+def _own_window(module: nn.Module) -> int | None:
+    """Of a layer that slides by its config and does not say so: its model leaves that to the mask."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return int(config.sliding_window)  # type: ignore[union-attr]
 
 
 def _flash_can(query: Tensor) -> bool:
@@ -95,6 +115,7 @@ def _flash(
     value: Tensor,
     cu_seqlens: tuple[int, ...],
     longest: int,
+    window: int,
     scaling: float | None,
 ) -> Tensor:
     """One kernel for all sequences; CUDA, float16 and bfloat16."""
@@ -108,7 +129,8 @@ def _flash(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1, 0),  # causal; must be a tuple, it is compared with ==
+        # Causal; must be a tuple, it is compared with ==. It counts what is seen beside the token.
+        window_size=(-1 if window == longest else window - 1, 0),
         enable_gqa=True,
     )
     assert isinstance(attended, Tensor)
@@ -121,18 +143,33 @@ def _loop(
     value: Tensor,
     cu_seqlens: tuple[int, ...],
     longest: int,
+    window: int,
     scaling: float | None,
 ) -> Tensor:
     """Sequence by sequence: the same arithmetic as without packing, on any device."""
-    del longest
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    band = _band(longest, window, query.device) if longest > window else None
     # Split at once: backward is then one concatenation, where each slice's would fill a whole row.
     parts = zip(*(whole.split(lengths, dim=2) for whole in (query, key, value)), strict=True)
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in parts
-    ]
+    attended = []
+    for q, k, v in parts:
+        length = q.shape[2]
+        seen = band[:length, :length] if band is not None and length > window else None
+        attended.append(
+            F.scaled_dot_product_attention(
+                q, k, v, seen, is_causal=seen is None, scale=scaling, enable_gqa=True
+            )
+        )
     return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """bool [length, length], True where a token looks. One for all layers of a forward, which keep it
+    for the backward; a shorter sequence takes its first corner."""
+    with torch.inference_mode(False):
+        whole = torch.ones(length, length, dtype=torch.bool, device=device)
+        return whole.tril_().triu_(1 - window)
 
 
 @lru_cache(maxsize=8)

@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from learner.config import LearnerConfig
 from learner.linear import use_fast_products
 from learner.logprobs import token_logprobs
-from learner.model_limits import refuse_dropout
+from learner.model_limits import refuse_inexact
 from learner.packed_attention import use_packed_attention
 from learner.packing import PackedRows
 from learner.sharding import shard
+from learner.weight_names import refuse_missing
 
 
 class PolicyModel(nn.Module):
@@ -116,11 +117,7 @@ def load_policy(
     hf_config = _prepared(AutoConfig.from_pretrained(folder, trust_remote_code=False), folder)
     full = None
     if dist.get_rank() == 0:
-        full = build(
-            AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        )
+        full = build(_pretrained(AutoModelForCausalLM, folder))
         _check_head(full.lm)
     with torch.device("meta"):
         empty = build(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32))
@@ -149,11 +146,7 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     hf_config = _prepared(AutoConfig.from_pretrained(folder, trust_remote_code=False), folder)
     full = None
     if dist.get_rank() == 0:
-        full = ValueModel(
-            AutoModel.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        )
+        full = ValueModel(_pretrained(AutoModel, folder))
         _copy_score_head(folder, hf_config, full.head)
     with torch.device("meta"):
         empty = ValueModel(AutoModel.from_config(hf_config, dtype=torch.float32))
@@ -162,9 +155,22 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
     return shard(empty, empty.trunk, full, mesh, config)
 
 
+def _pretrained(kind: Any, folder: str) -> Any:
+    """All weights from the folder, in float32: none that is missing there becomes random."""
+    model, loading = kind.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    refuse_missing(folder, loading)
+    return model
+
+
 def _prepared(hf_config: Any, folder: str) -> Any:
     """A copy of its own: models that share a config object share their attention setting too."""
-    refuse_dropout(folder, hf_config.to_dict())
+    refuse_inexact(folder, hf_config.to_dict())
     hf_config = copy.deepcopy(hf_config)
     hf_config.use_cache = False
     return hf_config
@@ -176,10 +182,7 @@ def _copy_score_head(folder: str, hf_config: Any, head: nn.Linear) -> None:
         return
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    score = model.score
+    score = _pretrained(AutoModelForSequenceClassification, folder).score
     mean, sd = getattr(hf_config, "score_mean", 0.0), getattr(hf_config, "score_sd", 1.0)
     with torch.no_grad():
         head.weight.copy_(score.weight / sd)

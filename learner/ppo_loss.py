@@ -12,7 +12,8 @@ The ratio, with d = logprobs - old_logprobs and len_i the tokens of completion i
   token          exp(d_t) for each token
   sequence       exp(sum d), of the whole completion, whose term counts once: 1 / len_i on each of
                  its tokens (so with token-wise advantages: the mean of its tokens' terms)
-  sequence_mean  exp(mean d) on each of its tokens (GSPO, Zheng et al. 2025, eq. 7)
+  sequence_mean  exp(mean d) on each of its tokens (the ratio of GSPO, Zheng et al. 2025, eq. 7; its
+                 objective, eq. 5, gives each completion the same weight, here it has len_i)
 All three are divided by num_loss_tokens. Hence at ratio 1, with one advantage per completion, they
 have the same gradient, sum_i A_i grad log pi(y_i | x_i) / num_loss_tokens, so that a learning rate
 means the same under each; they differ only in which tokens are clipped together.
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from learner.logprobs import kl_estimate
 
 RatioKind = Literal["token", "sequence", "sequence_mean"]
+MOST_LOG_RATIO = 80.0  # whose exp is a float32; that of a whole completion is soon larger
 
 
 def policy_loss(
@@ -52,7 +54,7 @@ def policy_loss(
     behavior_weights [B,C] multiply each token's term and carry no gradient.
 
     Metrics: clip_fraction, share of tokens whose gradient is cut by a clip; approx_kl, mean k3 of
-    KL(old || current) in nats a token; ratio_error_max, largest |ratio - 1|.
+    KL(old || current) in nats a token; ratio_error_max, largest |ratio - 1|, at most exp(80).
     """
     advantages = torch.where(loss_mask, advantages, 0.0).detach()
     old_logprobs = torch.where(loss_mask, old_logprobs, 0.0).detach()
@@ -71,7 +73,9 @@ def policy_loss(
     log_ratio, logprobs = log_ratio.detach(), logprobs.detach()
     cut = ((log_ratio < lower) | (log_ratio > upper)).to(loss.dtype)
     approx_kl = kl_estimate(old_logprobs, logprobs, kind="k3")
-    ratio_error = torch.where(loss_mask, log_ratio.expm1().abs(), 0.0)
+    # The clip has made the loss finite by now; a figure must not make the step look as if it were not.
+    told = log_ratio.clamp(max=MOST_LOG_RATIO).expm1().abs()
+    ratio_error = torch.where(loss_mask, told, 0.0)
     return loss, {
         "clip_fraction": token_mean(cut, loss_mask, num_loss_tokens),
         "approx_kl": token_mean(approx_kl, loss_mask, num_loss_tokens),

@@ -19,7 +19,8 @@ def step_metrics(ppo: PPOBatch, history: list[dict[str, float]]) -> dict[str, fl
     metrics["learner/first_ratio_error"] = history[0]["ratio_error_max"]
     metrics["learner/first_clip_fraction"] = history[0]["clip_fraction"]
     metrics["learner/minibatches"] = len(history)
-    # E[-log pi(a)] is the entropy: the sampled tokens estimate it without another pass.
+    # E[-log pi(a)] is the entropy: the sampled tokens estimate it without another pass. Where older
+    # weights sampled them it is a cross-entropy, and kl_to_ref is as far off.
     metrics["learner/entropy"] = -ppo.old_logprobs[mask].mean().item()
     log_ratio = torch.where(mask, ppo.old_logprobs - ppo.ref_logprobs, 0.0)
     metrics["learner/kl_to_ref"] = log_ratio.sum(1).mean().item()

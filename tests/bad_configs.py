@@ -6,6 +6,7 @@ A case changes what would be a good config; `named` stands in the line that refu
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 
 FUNCTION = {"kind": "function", "function": "examples.arithmetic.rewards:exact_answer"}
+
+LONG_ROPE = {"type": "longrope", "original_max_position_embeddings": 16}
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,27 @@ def model_folder(world: World, *files: str) -> str:
     return str(folder)
 
 
-def dropping(world: World) -> str:
-    folder = Path(model_folder(world, "model.safetensors", "tokenizer.json"))
-    settings = json.loads((world.policy / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+def configured(world: World, **settings: Any) -> str:
+    """The policy under other settings of its config.json."""
+    names = ("model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    folder = Path(model_folder(world, *names))
+    given = json.loads((world.policy / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(given | settings))
     return str(folder)
 
 
-def short(world: World) -> str:
-    folder = Path(
-        model_folder(world, "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    )
-    settings = json.loads((world.policy / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 12}))
+def renamed(world: World, name: Callable[[str], str | None]) -> str:
+    """The policy with its weights under other names; None takes a weight out."""
+    folder = Path(shutil.copytree(world.policy, world.folder / "half"))
+    path = folder / "model.safetensors"
+    weights = {new: w for old, w in load_file(path).items() if (new := name(old))}
+    save_file(weights, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def cut(world: World) -> str:
+    folder = Path(shutil.copytree(world.policy, world.folder / "half"))
+    (folder / "model.safetensors").write_bytes(b"")
     return str(folder)
 
 
@@ -116,6 +128,12 @@ CASES: dict[str, Case] = {
     ),
     "grpo of one sample": changes(
         {"ppo.advantage": "grpo", "sampling.samples_per_prompt": 1}, "samples_per_prompt", "2 or more"
+    ),
+    "grpo with the KL in the reward": changes(
+        {"ppo.advantage": "grpo", "ppo.kl.where": "reward"}, "ppo: kl.where: reward", "set it to loss"
+    ),
+    "a KL target without a coefficient": changes(
+        {"ppo.kl": {"coef": 0, "target": 5}}, "ppo.kl: coef: 0", "set coef above 0"
     ),
     "shared weights on a GPU": changes(
         {"generators.weight_memory": "shared", "device": "cuda"}, "weight_memory: shared", "leave it out"
@@ -196,7 +214,36 @@ CASES: dict[str, Case] = {
         ("half", "no tokenizer.json"),
     ),
     "a policy with dropout": Case(
-        lambda w: {"policy": dropping(w)}, ("policy: ", "attention_dropout is 0.1", "set it to 0")
+        lambda w: {"policy": configured(w, attention_dropout=0.1)},
+        ("policy: ", "attention_dropout is 0.1", "set it to 0")
+    ),
+    "a policy whose router is noisy": Case(
+        lambda w: {"policy": configured(w, router_jitter_noise=0.1)},
+        ("policy: ", "router_jitter_noise is 0.1", "set it to 0"),
+    ),
+    "a policy that caps its logits": Case(
+        lambda w: {"policy": configured(w, attn_logit_softcapping=50.0)},
+        ("policy: ", "attn_logit_softcapping is 50.0", "give a model without it"),
+    ),
+    "a policy that masks by itself": Case(
+        lambda w: {"policy": configured(w, model_type="doge")},
+        ("policy: ", "a mask of its own", "another model than a doge"),
+    ),
+    "a policy whose rope changes on the way": Case(
+        lambda w: {"policy": configured(w, rope_scaling=LONG_ROPE)},
+        ("policy: ", "beyond 16 tokens", "generators.max_model_len allows 32", "16 or less"),
+    ),
+    "a policy that lacks a layer": Case(
+        lambda w: {"policy": renamed(w, lambda name: None if "layers.0." in name else name)},
+        ("policy: ", "lack layer 0 of", "would be random", "copy the model again"),
+    ),
+    "a policy as a wrapper saved it": Case(
+        lambda w: {"policy": renamed(w, lambda name: f"module.{name}")},
+        ("policy: ", "named module.model.", "take 'module.' off"),
+    ),
+    "a reference whose file is cut": Case(
+        lambda w: {"reference": cut(w)},
+        ("reference: ", "model.safetensors is no safetensors file", "copy the model again"),
     ),
     "a reference of another vocabulary": Case(
         lambda w: {"reference": str(w.stranger)},
@@ -219,7 +266,7 @@ CASES: dict[str, Case] = {
         ("evaluation.scorer: ", "not the policy's"),
     ),
     "a reference with too few positions": Case(
-        lambda w: {"reference": short(w)},
+        lambda w: {"reference": configured(w, max_position_embeddings=12)},
         ("reference: ", "max_position_embeddings is 12", "13 tokens", "by 1"),
     ),
     "no reward model": changes(

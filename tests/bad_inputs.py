@@ -20,7 +20,7 @@ import pytest
 
 from cluster import checkpoints, cli, hosting, ray_auth, ray_host, versions
 from tests import tiny
-from tests.bad_configs import CASES, Case, World
+from tests.bad_configs import CASES, Case, World, configured
 
 PREFIX = "raylign: bad input: "
 Prepare = Callable[[World, pytest.MonkeyPatch], list[str]]  # -> the words of the command
@@ -490,8 +490,17 @@ def sft(given: dict[str, Any], *named: str, row: Any = None, words: tuple[str, .
     return Kind(write, named)
 
 
+def with_a_long_rope(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 12}
+    model = configured(world, rope_parameters=rope)
+    return sft({"model": model}).prepare(world, patch)
+
+
 SFT = {
     "SFT: no model": sft({"model": "nowhere"}, "model: nowhere", "no config.json"),
+    "SFT: rows beyond where the rope changes": Kind(
+        with_a_long_rope, ("model: ", "beyond 12 tokens", "sft.max_tokens allows 16", "12 or less")
+    ),
     "SFT: no data file": sft({"sft.data": "absent.parquet"}, "absent.parquet", "no such file"),
     "SFT: a missing column": sft(
         {"sft.data": "bad.jsonl"}, "bad.jsonl", "'completion'", row={"text": "a"}

@@ -230,6 +230,21 @@ def test_an_override_is_a_path_of_keys_and_a_yaml_value(
         assert where(load({}, override)) == value
 
 
+@pytest.mark.parametrize(
+    ("advantage", "where"),
+    [("gae", "reward"), ("rloo", "reward"), ("reinforce++", "reward"), ("grpo", "loss")],
+)
+def test_the_kl_has_its_usual_place_unless_the_config_says_another(
+    load: Any, advantage: str, where: str
+) -> None:
+    config = load({"ppo.advantage": advantage})
+    assert config.ppo.kl.where == where
+    assert config.model_dump(mode="json")["ppo"]["kl"]["where"] == where
+    assert load({"ppo.advantage": advantage, "ppo.kl.where": "loss"}).ppo.kl.where == "loss"
+    free = {"ppo.advantage": advantage, "ppo.kl": {"where": "reward", "coef": 0}}
+    assert load(free).ppo.kl.where == "reward"
+
+
 def test_the_last_override_holds(load: Any) -> None:
     assert load({}, "seed=1", "seed=2").seed == 2
 

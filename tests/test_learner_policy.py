@@ -33,6 +33,7 @@ from tests.learner_cases import (
     weights_of,
     whole,
 )
+from tests.test_weight_names import rewritten, without
 
 FOLDERS = ["policy", "llama"]  # tied and untied
 rows = trajectories()
@@ -136,6 +137,37 @@ def test_a_model_that_caps_its_logits_is_refused():
     config.final_logit_softcapping = 0.1
     with pytest.raises(ValueError, match="Gemma2ForCausalLM: its logits are more than a matrix"):
         _check_head(Gemma2ForCausalLM(config))
+
+
+@pytest.mark.parametrize("part", ["lm_head", "layers.1.mlp.up_proj", "norm.weight"])
+def test_weights_that_the_folder_lacks_are_refused_not_made_up(tmp_path, part):
+    folder = rewritten(folders().llama, tmp_path / "model", without(part))
+    with pytest.raises(
+        ValueError, match=rf"model: the weights lack .*{part}.*, which would be rand"
+    ):
+        load_policy(str(folder), mesh(), LearnerConfig())
+    if part == "lm_head":  # of which a critic has no use
+        load_value_model(str(folder), mesh(), LearnerConfig())
+        return
+    with pytest.raises(
+        ValueError, match=rf"model: the weights lack .*{part}.*, which would be rand"
+    ):
+        load_value_model(str(folder), mesh(), LearnerConfig())
+
+
+def test_a_weight_under_a_longer_name_is_told(tmp_path):
+    def wrapped(weights):
+        return {f"inner.{name}": one for name, one in weights.items()}
+
+    folder = rewritten(folders().llama, tmp_path / "model", wrapped)
+    with pytest.raises(ValueError, match=r"lack lm_head.weight \(there is inner.lm_head.weight\)"):
+        load_policy(str(folder), mesh(), LearnerConfig())
+
+
+def test_a_reward_model_without_its_head_makes_no_critic(tmp_path):
+    folder = rewritten(folders().reward_model, tmp_path / "model", without("score."))
+    with pytest.raises(ValueError, match=r"the weights lack score\.weight"):
+        load_value_model(str(folder), mesh(), LearnerConfig())
 
 
 def test_a_model_without_a_list_of_layers_is_refused_by_name(tmp_path):

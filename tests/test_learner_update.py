@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from actors.trajectory import to_table
+from learner.batch import TrajectoryBatch
 from learner.config import KLConfig, LearnerConfig, OptimizerConfig, PPOConfig, PtxConfig
 from learner.learner_spec import StepRefused
 from tests.learner_cases import (
@@ -373,6 +374,17 @@ def test_equal_scores_without_kl_teach_a_critic_free_policy_nothing(tmp_path):
         metrics = update(worker, table, tmp_path)
         assert metrics["learner/policy_loss"] == 0
         assert same_bytes(weights_of(worker), before)
+
+
+def test_grpo_weighs_a_group_of_equal_scores_with_nothing_whatever_its_kl(tmp_path):
+    ppo = ppo_config(advantage="grpo", kl=KLConfig(coef=0.5))
+    worker = case(ppo).start()
+    scores = [2.0, 2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 1.0]
+    table = with_column(fresh(worker, batch_table(samples=4)), "score", scores)
+    learned, metrics = worker._update.update(TrajectoryBatch.of(table), STEP)
+    assert metrics["learner/kl_to_ref"] != 0
+    assert not learned.advantages[:4].any()
+    torch.testing.assert_close(learned.advantages[4:, 0].abs(), torch.ones(4), rtol=0, atol=1e-3)
 
 
 def test_an_entropy_bonus_raises_the_entropy(tmp_path):

@@ -10,7 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from learner import packed_attention
 from learner.packed_attention import use_packed_attention
@@ -316,15 +329,111 @@ def test_what_it_cannot_compute_it_refuses(model):
         model(ids, cu_seqlens=cu)
 
 
-def test_a_sliding_window_is_accepted_only_if_no_sequence_reaches_it():
-    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    model = Qwen2ForCausalLM(config).eval()
-    sequences = [[1, 2, 3, 4], [5, 6]]
+SLIDING = {
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=8)),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    ),
+    # Its layers leave the window to the mask.
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig(
+            **SIZES,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+            num_experts=4,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        ),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+}
+
+
+def sliding_model(kind):
+    torch.manual_seed(0)
+    made, config = SLIDING[kind]
+    config = copy.deepcopy(config)
+    config.initializer_range = 0.3  # attention that is nearly uniform would show little
+    config._attn_implementation = "eager"
+    return made(config).train()
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+def test_a_sliding_window_is_computed_as_transformers_does_one_sequence_at_a_time(kind):
+    model = sliding_model(kind)
+    rng = np.random.default_rng(1)
+    sequences = [rng.integers(0, 97, n).tolist() for n in (5, 7, 8, 9, 16, 17, 40)]
+    targets = torch.tensor([t for s in sequences for t in s]).roll(3)
     alone = torch.cat([model(torch.tensor([s]), use_cache=False).logits[0] for s in sequences])
+    expected = loss_gradients(model, alone, targets)
     use_packed_attention(model)
-    torch.testing.assert_close(packed_logits(model, sequences)[0], alone, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="sliding_window 4 is below a sequence of 5 tokens"):
-        packed_logits(model, [[1, 2, 3, 4, 5]])
+    logits, _ = packed_logits(model, sequences)
+    picked = torch.log_softmax(logits, -1).gather(1, targets[:, None])
+    wanted = torch.log_softmax(alone, -1).gather(1, targets[:, None])
+    torch.testing.assert_close(picked, wanted, rtol=1e-5, atol=1e-5)
+    for name, gradient in loss_gradients(model, logits, targets).items():
+        assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+@torch.no_grad()
+def test_what_lies_behind_the_window_is_not_seen():
+    model = sliding_model("mistral")
+    for layer in model.model.layers[1:]:  # one layer: what it sees is the window alone
+        layer.self_attn.o_proj.weight.zero_()
+    use_packed_attention(model)
+    first = [1, *range(2, 20)]
+    logits = packed_logits(model, [first, [5, 6, 7]])[0]
+    again = packed_logits(model, [[90, *first[1:]], [5, 6, 7]])[0]
+    assert torch.equal(logits[8:], again[8:])
+    assert not torch.equal(logits[7], again[7])
+
+
+def test_sequences_within_the_window_keep_every_bit():
+    query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
+    whole, windowed = (
+        packed_attention._loop(query, key, value, (0, 4, 12), 8, window, None) for window in (8, 4)
+    )
+    assert torch.equal(whole[:, :8], windowed[:, :8])
+    assert not torch.equal(whole[:, 8:], windowed[:, 8:])
+
+
+def test_a_mask_that_a_model_makes_itself_is_refused_not_forgotten(model):
+    use_packed_attention(model)
+    row = torch.zeros(1, 4, 3, 8)
+    with pytest.raises(ValueError, match=r"Attention makes a mask of its own"):
+        packed_attention.packed_attention(
+            model.model.layers[0].self_attn,
+            row,
+            row,
+            row,
+            torch.zeros(1, 1, 3, 3),
+            cu_seqlens=(0, 3),
+        )
+
+
+def test_a_sequence_that_would_turn_the_others_of_its_row_otherwise_is_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    config = Phi3Config(
+        **SIZES, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope | factors
+    )
+    model = Phi3ForCausalLM(config)
+    use_packed_attention(model)
+    short = packed_logits(model, [list(range(9)), list(range(16))])[0][:9]
+    torch.testing.assert_close(short, packed_logits(model, [list(range(9))])[0])
+    with pytest.raises(ValueError, match=r"longrope changes beyond 16 tokens.* of 17 would"):
+        packed_logits(model, [list(range(9)), list(range(17))])
 
 
 def test_layers_that_mix_tokens_without_attention_are_refused():
@@ -335,32 +444,37 @@ def test_layers_that_mix_tokens_without_attention_are_refused():
         use_packed_attention(model)
 
 
-def test_the_flash_path_hands_varlen_attn_the_same_problem(monkeypatch):
+@pytest.mark.parametrize("window", [7, 3])
+def test_the_flash_path_hands_varlen_attn_the_same_problem(monkeypatch, window):
     """No GPU here: a stand-in with varlen_attn's contract, so that layouts and arguments match."""
 
     def varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0)
+        assert window_size == ((-1, 0) if window == 7 else (2, 0))
         assert cu_q is cu_k
         assert (cu_q.dtype, max_q, max_k) == (torch.int32, 7, 7)
         parts = []
         for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+            places = torch.arange(end - start)
+            behind = places[:, None] - places
+            seen = (behind >= 0) & (behind < window)
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa
+                q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
             )
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)
 
     monkeypatch.setattr(packed_attention, "varlen_attn", varlen)
     query, key, value = (torch.randn(1, heads, 12, 8) for heads in (4, 2, 2))
-    flash = packed_attention._flash(query, key, value, (0, 5, 12), 7, 0.3)
-    loop = packed_attention._loop(query, key, value, (0, 5, 12), 7, 0.3)
-    assert torch.equal(flash, loop)
+    flash = packed_attention._flash(query, key, value, (0, 5, 12), 7, window, 0.3)
+    loop = packed_attention._loop(query, key, value, (0, 5, 12), 7, window, 0.3)
+    torch.testing.assert_close(flash, loop, rtol=0, atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_flash_path_agrees_with_the_loop_on_a_gpu():
+@pytest.mark.parametrize("window", [199, 50])
+def test_the_flash_path_agrees_with_the_loop_on_a_gpu(window):
     generator = torch.Generator("cuda").manual_seed(0)
     query, key, value = (
         torch.randn(
@@ -372,7 +486,7 @@ def test_the_flash_path_agrees_with_the_loop_on_a_gpu():
     assert packed_attention._flash_can(query)
     results = []
     for attend in (packed_attention._flash, packed_attention._loop):
-        out = attend(query, key, value, cu_seqlens, 199, None)
+        out = attend(query, key, value, cu_seqlens, 199, window, None)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 0.02 * b.norm()

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from learner.config import RefuseConfig
 from learner.ppo_loss import policy_loss, token_mean, value_loss
+from learner.refusal import BadStep, check_minibatch
 
 RATIOS = ["token", "sequence", "sequence_mean"]
 LENGTHS = [6, 1, 4, 0, 3, 6, 2, 5]
@@ -121,6 +123,33 @@ def test_a_ratio_too_large_for_a_float_is_cut_without_a_nan_gradient():
     loss.backward()
     assert loss.item() == pytest.approx(-1.2)
     assert logprobs.grad.item() == 0.0
+
+
+@pytest.mark.parametrize(("advantage", "dual"), [(1.0, None), (-1.0, 3.0)])
+def test_a_long_completion_whose_ratio_no_float_holds_is_clipped_and_its_step_not_refused(
+    advantage, dual
+):
+    logprobs = torch.full((1, 1000), -0.9, requires_grad=True)
+    old, mask = torch.full((1, 1000), -1.0), torch.ones(1, 1000, dtype=torch.bool)
+    loss, metrics = policy_loss(
+        logprobs,
+        old,
+        advantage * torch.ones(1, 1000),
+        mask,
+        clip_range=0.2,
+        dual_clip=dual,
+        ratio="sequence",
+    )
+    loss.backward()
+    figures = {name: value.item() for name, value in metrics.items()}
+    check_minibatch(figures | {"policy_loss": loss.item()}, RefuseConfig(), 1)
+    assert figures["clip_fraction"] == 1.0
+    assert figures["ratio_error_max"] > 1e34
+    assert not logprobs.grad.any()
+    broken = torch.where(mask, torch.nan, old)
+    _, metrics = policy_loss(broken, old, torch.ones(1, 1000), mask, clip_range=0.2)
+    with pytest.raises(BadStep, match="not finite"):
+        check_minibatch({name: value.item() for name, value in metrics.items()}, RefuseConfig(), 1)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
