@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +12,6 @@ from actors.config import PromptsConfig
 from actors.trajectory import Prompt
 from reward_service.chat import chat_prompt, is_message
 from reward_service.rows import read_rows
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a Hugging Face folder, without importing torch. ValueError if none."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder}: no tokenizer.json; give a Hugging Face folder with a fast tokenizer"
-        )
-    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # tokenizers raises bare Exception on a file it cannot read
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be read ({error}); copy it again"
-        ) from None
 
 
 def load_prompts(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import PromptsConfig
-from actors.prompts import load_prompts, load_tokenizer
+from actors.prompts import load_prompts
 from actors.trajectory import Prompt
 from cluster.config import BadInput, RunConfig
 from cluster.disk import check_disk
@@ -37,6 +37,7 @@ from reward_service.config import (
     ScorerConfig,
     SumScorerConfig,
 )
+from reward_service.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
             if config.input == "tokens":
                 same_vocabulary(policy, config.path, key)
             check_reward_model(config.path, key)
+            if config.input == "text":
+                load_tokenizer(config.path)
         case SumScorerConfig():
             for name, part in config.parts.items():
                 check_scorer(part.scorer, policy, f"{key}.{name}")

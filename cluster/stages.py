@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
 from cluster.gpus import check_gpus
 from cluster.hosting import hosting
@@ -21,6 +20,7 @@ from cluster.run_files import RunFiles
 from cluster.versions import versions
 from reward_service.fast_import import fast_import
 from reward_service.pairs import read_pairs, read_reference
+from reward_service.tokenizer import load_tokenizer
 
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:

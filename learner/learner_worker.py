@@ -183,7 +183,7 @@ class LearnerWorker:
         ptx = self._spec.ppo.ptx
         if ptx is None:
             return None
-        from actors.prompts import load_tokenizer
+        from reward_service.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self._spec.policy)
         rows = load_supervised(ptx.path, tokenizer, self._spec.learner.max_tokens_per_microbatch)

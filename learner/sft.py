@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, SFTConfig
 from learner.hf_folder import gather_weights, write_folder
 from learner.learner_spec import Rendezvous
@@ -17,6 +16,7 @@ from learner.policy import load_policy
 from learner.process_group import free_port, join, sum_over_ranks
 from learner.supervised import SupervisedRows, load_supervised, supervised_loss
 from learner.sweep import Share
+from reward_service.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from reward_service.api import ScoreRequest, ScoreResult
 from reward_service.config import RewardModelScorerConfig
 from reward_service.rules import as_result
+from reward_service.tokenizer import load_tokenizer
 
 
 class RewardModelScorer:
@@ -31,11 +32,7 @@ class RewardModelScorer:
         self._config = config
         self._model = load_reward_model(config.path, dtype=getattr(torch, config.dtype))
         self._mean, self._sd = _normalisation(config.path, self._model.config)
-        self._tokenizer: Any = (
-            AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
-            if config.input == "text"
-            else None
-        )
+        self._tokenizer: Any = load_tokenizer(config.path) if config.input == "text" else None
         # One thread: forward passes share the cores (or the device), and do not gain from others.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-model")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from reward_service.config import RewardTrainingConfig
 from reward_service.pairs import Pair, read_pairs, read_reference
@@ -30,6 +30,7 @@ from reward_service.reward_model import (
     length_batches,
     score_sequences,
 )
+from reward_service.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int, dict[str, float]], None]  # step (from 1), num_steps, metrics
 
@@ -66,7 +67,7 @@ def train(
         raise ValueError(f"{out}: exists already; remove it, or choose another name")
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model}: no config.json; give the folder of a causal language model")
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     longest = config.max_tokens
     pairs = read_pairs(config.pairs, tokenizer, longest)
     held_out, reference = list[Pair](), list[list[int]]()

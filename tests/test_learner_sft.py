@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, OptimizerConfig, SFTConfig
 from learner.learner_spec import Rendezvous
 from learner.sft import SFTSpec, SFTWorker
 from learner.supervised import SupervisedBatch, SupervisedRows, load_supervised
+from reward_service.tokenizer import load_tokenizer
 from tests.learner_cases import EOS, folders, hf_logprobs, mesh, run_ranks, write_tokenizer
 
 NUM_STEPS = 20

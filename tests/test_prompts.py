@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import PromptsConfig
-from actors.prompts import PromptStream, load_prompts, load_tokenizer
+from actors.prompts import PromptStream, load_prompts
+from reward_service.tokenizer import load_tokenizer
 from tests import tiny
 
 ROOMY = 1000
@@ -182,15 +182,6 @@ def test_the_lower_of_both_length_limits_holds(load: Any) -> None:
 def test_limit_takes_the_first_rows(load: Any) -> None:
     prompts, _ = load([{"prompt": c} for c in "abcd"], limit=2)
     assert [p.text for p in prompts] == ["a", "b"]
-
-
-def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path)
-    for broken in ("{", "{}", json.dumps({"model": {"type": "BPE"}})):
-        (tmp_path / "tokenizer.json").write_text(broken)
-        with pytest.raises(ValueError, match="tokenizer cannot be read"):
-            load_tokenizer(tmp_path)
 
 
 # ---- the stream

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from actors.prompts import load_tokenizer
 from reward_service import reward_training
 from reward_service.api import ScoreRequest
 from reward_service.config import RewardTrainingConfig
 from reward_service.pairs import Pair, read_pairs
 from reward_service.reward_model import last_token_scores
 from reward_service.reward_training import backward, lr_factor, pairwise_loss, train
+from reward_service.tokenizer import load_tokenizer
 from tests.test_reward_model import EOS, scorer, tiny_language_model, tiny_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -211,7 +211,7 @@ def test_a_model_folder_that_is_not_there_and_an_output_that_is_are_refused(tmp_
 @pytest.fixture
 def random_model(tmp_path: Path) -> Any:
     path = tiny_language_model(tmp_path / "lm")
-    model = reward_training._with_zero_head(path, AutoTokenizer.from_pretrained(path))
+    model = reward_training._with_zero_head(path, load_tokenizer(path))
     torch.nn.init.normal_(model.score.weight)
     return model
 
@@ -285,7 +285,7 @@ async def test_training_learns_and_its_folder_scores_with_mean_0_and_sd_1(tmp_pa
     assert metrics["seconds"] > 0
     assert [call[:2] for call in calls] == [(step, 15) for step in range(1, 16)]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     asked = [
         ScoreRequest(
             f"t{i}",
