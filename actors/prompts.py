@@ -10,8 +10,9 @@ import numpy as np
 
 from actors.config import PromptsConfig
 from actors.trajectory import Prompt
-from reward_service.chat import chat_prompt, is_message
+from reward_service.chat import chat_prompt
 from reward_service.rows import read_rows
+from reward_service.tokenizer import prompt_ids
 
 
 def load_prompts(
@@ -43,19 +44,15 @@ def load_prompts(
 
 def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt:
     where = f"{path}: row {index + 1}"
-    if row.get("messages") is not None:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{where}: has messages, but the tokenizer has no chat template; use a prompt column"
-            )
-        text = _chat_text(where, row["messages"], tokenizer)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    chat = row.get("messages") is not None
+    if chat:
+        text = chat_prompt(f"{where}: messages", row["messages"], tokenizer)
     else:
         given = row.get("prompt")
         if not isinstance(given, str) or not given.strip():
             raise ValueError(f"{where}: the prompt is empty or no text; remove the row")
         text = given
-        ids = tokenizer(text).input_ids
+    ids = prompt_ids(text, tokenizer, chat=chat)
     if not ids:
         raise ValueError(f"{where}: the prompt has no tokens for this tokenizer; remove the row")
     answer = row.get("answer")
@@ -68,13 +65,6 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
         answer=None if answer is None else str(answer),
         metadata=_metadata(where, row.get("metadata")),
     )
-
-
-def _chat_text(where: str, messages: Any, tokenizer: Any) -> str:
-    # Checked here, because a template turns nearly anything into some text.
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise ValueError(f"{where}: messages is no list of role and content objects; correct it")
-    return chat_prompt(where, messages, tokenizer)
 
 
 def _metadata(where: str, value: Any) -> Mapping[str, Any]:

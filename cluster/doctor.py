@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from actors.config import PromptsConfig
@@ -30,6 +29,7 @@ from cluster.model_folder import (
 from cluster.redaction import hide
 from cluster.shapes import Shape, read_shapes, reward_models
 from cluster.versions import check_versions
+from learner.supervised_rows import load_supervised
 from reward_service.config import (
     FunctionScorerConfig,
     HttpScorerConfig,
@@ -95,13 +95,21 @@ def _read(config: RunConfig) -> Inputs:
     if config.evaluation is not None:
         check_scorer(config.evaluation.scorer, config.policy, "evaluation.scorer")
         held_out, _ = _prompts(config, config.evaluation.prompts, tokenizer)
-    if config.ppo.ptx is not None and not Path(config.ppo.ptx.path).is_file():
-        raise ValueError(f"ppo.ptx.path: {config.ppo.ptx.path}: no such file; correct the path")
+    if config.ppo.ptx is not None:
+        _check_ptx(config.ppo.ptx.path, config.learner.max_tokens_per_microbatch, tokenizer)
     shape = Shape.of(model)
     num_parameters = shape.parameters if shape is not None else 0
     inputs = Inputs(tokenizer, model["vocab_size"], prompts, dropped, held_out, num_parameters)
     _check_positions(config, longest_sequence(config, inputs))
     return inputs
+
+
+def _check_ptx(path: str, max_tokens: int, tokenizer: Any) -> None:
+    """Read all that the learner will read, so that what it would refuse is refused now."""
+    try:
+        load_supervised(path, tokenizer, max_tokens, key="learner.max_tokens_per_microbatch")
+    except ValueError as error:
+        raise ValueError(f"ppo.ptx.path: {error}") from None
 
 
 def _companions(config: RunConfig) -> Iterator[tuple[str, str]]:

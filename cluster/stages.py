@@ -18,6 +18,7 @@ from cluster.placement import Host, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.versions import versions
+from learner.supervised_rows import load_supervised
 from reward_service.fast_import import fast_import
 from reward_service.pairs import read_pairs, read_reference
 from reward_service.tokenizer import load_tokenizer
@@ -37,8 +38,6 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
 
 
 def _check_sft(config: SFTRunConfig, *, in_process: bool) -> None:
-    with fast_import():
-        from learner.supervised import load_supervised
     try:
         policy_config(config.model, "model")
         load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)

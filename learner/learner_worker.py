@@ -30,7 +30,7 @@ from learner.refusal import BadStep
 from learner.rollout_metrics import rollout_metrics
 from learner.sharding import unsharded
 from learner.shared_memory import use_shared_memory
-from learner.supervised import SupervisedRows, load_supervised
+from learner.supervised_rows import SupervisedRows, load_supervised
 from learner.sweep import Models, Share, sweep
 from learner.weight_publisher import WeightPublisher
 

@@ -499,6 +499,14 @@ SFT = {
     "SFT: an empty completion": sft(
         {"sft.data": "bad.jsonl"}, "row 1", "empty", row={"prompt": "a", "completion": ""}
     ),
+    "SFT: a prompt that is no text": sft(
+        {"sft.data": "bad.jsonl"}, "row 1", "prompt is list, not text",
+        row={"prompt": ["a", "b"], "completion": "c"},
+    ),
+    "SFT: a message without content": sft(
+        {"sft.data": "bad.jsonl"}, "row 1", "messages is no list of role and content objects",
+        row={"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "b"}]},
+    ),
     "SFT: a row that is too long": sft(
         {"sft.data": "bad.jsonl"}, "row 1", "max_tokens",
         row={"prompt": "a", "completion": "1" * 20},

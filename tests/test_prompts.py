@@ -79,7 +79,7 @@ def test_messages_without_a_chat_template_are_refused(tmp_path: Path, stranger: 
     path = tiny.write_jsonl(
         tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]
     )
-    with pytest.raises(ValueError, match="row 1: has messages, but the tokenizer has no chat"):
+    with pytest.raises(ValueError, match="row 1: messages is a conversation, but the tokenizer"):
         load_prompts(PromptsConfig(path=path), load_tokenizer(stranger), ROOMY)
 
 
@@ -93,11 +93,19 @@ def test_messages_of_another_form_name_their_row(load: Any, messages: Any) -> No
     assert "row 2: messages" in said
 
 
+def test_half_of_a_surrogate_pair_is_no_text_and_a_whole_one_is(load: Any, tokenizer: Any) -> None:
+    (prompt,), _ = load([{"prompt": "🙂"}])
+    assert prompt.text == "🙂"
+    assert "line 2 has half of a surrogate pair" in refusal(
+        load, [{"prompt": "a"}, {"prompt": "\ud83d"}]
+    )
+
+
 def test_messages_that_the_template_refuses_name_their_row(tmp_path: Path, policy: Path) -> None:
     tokenizer = load_tokenizer(policy)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"messages": [{"role": "u", "content": "x"}]}])
-    with pytest.raises(ValueError, match=r"row 1: refused .*roles must alternate"):
+    with pytest.raises(ValueError, match=r"row 1: messages is refused .*roles must alternate"):
         load_prompts(PromptsConfig(path=path), tokenizer, ROOMY)
 
 
@@ -150,12 +158,15 @@ def test_a_prompt_that_is_empty_or_no_text_names_its_row(load: Any, text: Any) -
 
 
 def test_a_prompt_of_which_the_tokenizer_leaves_nothing_names_its_row(tmp_path: Path) -> None:
-    def forgetful(text: str) -> Any:
-        return SimpleNamespace(input_ids=[] if text == "\u200b" else [1])
+    class Forgetful:
+        bos_token = None
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[] if text == "\u200b" else [1])
 
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u200b"}])
     with pytest.raises(ValueError, match="row 2: the prompt has no tokens"):
-        load_prompts(PromptsConfig(path=path), forgetful, ROOMY)
+        load_prompts(PromptsConfig(path=path), Forgetful(), ROOMY)
 
 
 def test_a_prompt_too_long_is_refused_with_its_length_and_the_remedy(load: Any) -> None:

@@ -138,11 +138,14 @@ def test_conversations_are_cut_before_the_reply_as_the_chat_template_has_them(
 @pytest.mark.parametrize(
     ("row", "refusal"),
     [
-        ({"chosen": [RIGHT], "rejected": [WRONG]}, "row 1: chosen with its prompt is no list of"),
+        (
+            {"chosen": [RIGHT], "rejected": [WRONG]},
+            "row 1: chosen with its prompt must hold a context",
+        ),
         ({"prompt": "a", "chosen": [RIGHT], "rejected": [WRONG]}, "row 1: chosen with its prompt"),
         (
             {"prompt": ASKED, "chosen": ASKED, "rejected": [WRONG]},
-            "row 1: chosen does not end with",
+            "row 1: chosen with its prompt must hold a context and end with",
         ),
         (
             {"chosen": [*ASKED, RIGHT], "rejected": [said("user", "two ?"), WRONG]},
