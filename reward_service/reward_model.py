@@ -16,16 +16,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from reward_service.api import ScoreRequest, ScoreResult
 from reward_service.config import RewardModelScorerConfig
 from reward_service.rules import as_result
-from reward_service.tokenizer import load_tokenizer
+from reward_service.tokenizer import load_tokenizer, prompt_ids, reply_ids
 
 
 class RewardModelScorer:
     """The score of a completion is the head's output at its last token, then
     (score - score_mean) / score_sd where the folder's config.json has both.
 
-    `input: tokens` scores the ids as sampled. `input: text` encodes prompt + completion with the
-    model's own tokenizer, and adds its end-of-sequence token where the completion has stopped.
-    Raises ValueError for a folder that is no reward model, and for ids it cannot embed.
+    `input: tokens` scores the ids as sampled. `input: text` encodes prompt and completion with the
+    model's own tokenizer, as when it was trained, and adds its end-of-sequence token where the
+    completion has stopped. Raises ValueError for a folder that is no reward model.
     """
 
     def __init__(self, config: RewardModelScorerConfig) -> None:
@@ -57,11 +57,10 @@ class RewardModelScorer:
     def _ids(self, request: ScoreRequest) -> list[int]:
         if self._tokenizer is None:
             return [*request.prompt_ids, *request.completion_ids]
-        ids: list[int] = self._tokenizer(request.prompt + request.completion).input_ids
-        eos = self._tokenizer.eos_token_id
-        if eos is None or request.finish_reason != "stop" or ids[-1:] == [eos]:
-            return ids
-        return [*ids, int(eos)]
+        reply, eos = reply_ids(request.completion, self._tokenizer), self._tokenizer.eos_token_id
+        if eos is not None and request.finish_reason == "stop" and reply[-1:] != [eos]:
+            reply = [*reply, eos]
+        return [*prompt_ids(request.prompt, self._tokenizer), *reply]
 
 
 def load_reward_model(path: str, *, dtype: torch.dtype) -> Any:
