@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from reward_service.api import ScoreRequest, ScoreResult
+from reward_service.api import ScoreFailure, ScoreRequest, ScoreResult
 from reward_service.config import RewardModelScorerConfig
 from reward_service.rules import as_result
 from reward_service.tokenizer import load_tokenizer, prompt_ids, reply_ids
@@ -38,21 +38,24 @@ class RewardModelScorer:
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         loop = asyncio.get_running_loop()
-        scores = await loop.run_in_executor(self._thread, self._score, list(requests))
-        return [
-            as_result(request.trajectory_id, score)
-            for request, score in zip(requests, scores, strict=True)
-        ]
+        return await loop.run_in_executor(self._thread, self._score, list(requests))
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, requests: list[ScoreRequest]) -> list[float]:
+    def _score(self, requests: list[ScoreRequest]) -> list[ScoreResult]:
+        """What the model cannot embed fails alone."""
         sequences = [self._ids(request) for request in requests]
-        for request, ids in zip(requests, sequences, strict=True):
-            check_ids(ids, self._model, f"{self._config.path}: {request.trajectory_id}")
-        scores = score_sequences(self._model, sequences, self._config.max_batch_tokens)
-        return ((scores.double() - self._mean) / self._sd).tolist()
+        problems = [unfit(ids, self._model) for ids in sequences]
+        fit = [ids for ids, problem in zip(sequences, problems, strict=True) if problem is None]
+        scores = score_sequences(self._model, fit, self._config.max_batch_tokens)
+        values = iter(((scores.double() - self._mean) / self._sd).tolist())
+        return [
+            as_result(request.trajectory_id, next(values))
+            if problem is None
+            else ScoreFailure(request.trajectory_id, "invalid", f"{self._config.path}: {problem}")
+            for request, problem in zip(requests, problems, strict=True)
+        ]
 
     def _ids(self, request: ScoreRequest) -> list[int]:
         if self._tokenizer is None:
@@ -126,22 +129,21 @@ def length_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[i
     return batches
 
 
-def check_ids(ids: Sequence[int], model: Any, where: str) -> None:
-    """ValueError, starting with `where`, for what the model cannot embed."""
+def unfit(ids: Sequence[int], model: Any) -> str | None:
+    """Why the model cannot embed them; None if it can."""
     if not ids:
-        raise ValueError(f"{where}: has no tokens")
+        return "has no tokens"
     vocabulary = model.get_input_embeddings().num_embeddings
     if min(ids) < 0 or max(ids) >= vocabulary:
         bad = next(token for token in ids if not 0 <= token < vocabulary)
-        raise ValueError(
-            f"{where}: token id {bad} is outside this model's vocabulary of {vocabulary}; "
+        return (
+            f"token id {bad} is outside this model's vocabulary of {vocabulary}; "
             "these are another tokenizer's ids (a scorer can set input to text)"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and len(ids) > positions:
-        raise ValueError(
-            f"{where}: {len(ids)} tokens, the model has {positions} positions; shorten it"
-        )
+        return f"{len(ids)} tokens, the model has {positions} positions; shorten it"
+    return None
 
 
 def _head(model: Any) -> nn.Module:

@@ -25,10 +25,10 @@ from transformers import AutoModelForSequenceClassification
 from reward_service.config import RewardTrainingConfig
 from reward_service.pairs import Pair, read_pairs, read_reference
 from reward_service.reward_model import (
-    check_ids,
     last_token_scores,
     length_batches,
     score_sequences,
+    unfit,
 )
 from reward_service.tokenizer import load_tokenizer
 
@@ -93,7 +93,8 @@ def train(
 def _check_rows(model: Any, path: str | None, rows: Sequence[Sequence[list[int]]]) -> None:
     for number, row in enumerate(rows, 1):
         for ids in row:
-            check_ids(ids, model, f"{path}: row {number}")
+            if (problem := unfit(ids, model)) is not None:
+                raise ValueError(f"{path}: row {number}: {problem}")
 
 
 def lr_factor(step: int, num_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:

@@ -201,14 +201,25 @@ async def test_text_is_cut_into_the_tokens_of_training(folder: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("bad", [VOCABULARY, -1])
-async def test_ids_outside_the_vocabulary_are_refused(folder: str, bad: int) -> None:
-    with pytest.raises(ValueError, match=f"t0: token id {bad} .*vocabulary of {VOCABULARY}"):
-        await scorer(folder).score([request(0, [2, 3, bad])])
+async def test_ids_outside_the_vocabulary_have_no_score(folder: str, bad: int) -> None:
+    (result,) = await scorer(folder).score([request(0, [2, 3, bad])])
+    assert isinstance(result, ScoreFailure)
+    assert (result.trajectory_id, result.kind) == ("t0", "invalid")
+    assert f"token id {bad} is outside this model's vocabulary of {VOCABULARY}" in result.reason
+    assert result.reason.startswith(folder)
 
 
-async def test_more_tokens_than_positions_are_refused(folder: str) -> None:
-    with pytest.raises(ValueError, match="65 tokens"):
-        await scorer(folder).score([request(0, [2] * 65)])
+async def test_a_completion_that_cannot_be_embedded_fails_alone(folder: str) -> None:
+    good = requests(3)
+    bad = [request(7, [2] * 65), request(8, [2, 3, VOCABULARY]), request(9, [])]
+    asked = [bad[0], good[0], bad[1], good[1], good[2], bad[2]]
+    got = await scorer(folder).score(asked)
+    assert [result.trajectory_id for result in got] == [one.trajectory_id for one in asked]
+    failed = [result.reason for result in got if isinstance(result, ScoreFailure)]
+    for reason, said in zip(failed, ("65 tokens", "token id 64", "has no tokens"), strict=True):
+        assert said in reason
+    scored = [result for result in got if isinstance(result, ScoreResponse)]
+    assert scored == await scorer(folder).score(good)
 
 
 async def test_a_model_that_yields_nan_yields_no_score(folder: str) -> None:
