@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -88,6 +91,15 @@ def _check_ids(path: str, prompts: Iterable[Prompt]) -> None:
         seen.add(prompt.prompt_id)
 
 
+def digest_of(prompts: Iterable[Prompt]) -> str:
+    """Of what a stream's cursor counts: the prompts' ids, their tokens and their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.prompt_id, len(prompt.ids)]).encode())
+        digest.update(array("i", prompt.ids).tobytes())
+    return digest.hexdigest()
+
+
 class PromptStream:
     """Endless epochs over the prompts, each in an order of its own that the seed decides.
 
@@ -109,6 +121,10 @@ class PromptStream:
             self._order = (epoch, self._shuffled(epoch))
         self.cursor += 1
         return self._prompts[self._order[1][place]].of_epoch(epoch)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self._prompts)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

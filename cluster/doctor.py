@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.config import PromptsConfig
-from actors.prompts import load_prompts
+from actors.prompts import digest_of, load_prompts
 from actors.trajectory import Prompt
 from cluster.config import BadInput, RunConfig
 from cluster.disk import check_disk
@@ -163,6 +163,18 @@ def check_resume(config: RunConfig, saved: dict[str, Any]) -> None:
                 f"{key}: the checkpoint was made with {was!r}, the config says {given!r}; put it back, "
                 "or start another run with name=..."
             )
+
+
+def check_same_prompts(config: RunConfig, prompts: list[Prompt], state: dict[str, Any]) -> None:
+    """BadInput if the cursor of the checkpoint with this driver's state counts other prompts: some would
+    be trained again, others never. A checkpoint without their digest is older than that."""
+    digest = digest_of(prompts)
+    if state.get("prompts_digest", digest) != digest:
+        raise BadInput(
+            f"prompts: {config.prompts.path}: the prompts that are kept of it, now {len(prompts)}, are not "
+            "those that the checkpoint was made with; put the file, its tokenizer and "
+            "generators.max_model_len back, or start another run with name=..."
+        )
 
 
 def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:

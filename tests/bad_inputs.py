@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from actors.prompts import digest_of
 from cluster import checkpoints, cli, hosting, ray_auth, ray_host, versions
 from tests import tiny
 from tests.bad_configs import CASES, Case, World
@@ -167,9 +168,9 @@ def begun_run(world: World, tree: dict[str, Any] | None = None) -> Path:
     return folder
 
 
-def write_checkpoint(run: Path, config: dict[str, Any]) -> Path:
+def write_checkpoint(run: Path, config: dict[str, Any], **state: Any) -> Path:
     aside = checkpoints.begin(run, 2)
-    (aside / checkpoints.DRIVER).write_text(json.dumps({"config": config}))
+    (aside / checkpoints.DRIVER).write_text(json.dumps({"config": config, **state}))
     return checkpoints.commit(aside, 2, keep=1).path
 
 
@@ -187,8 +188,8 @@ def while_it_goes_on(*given: str) -> Prepare:
     return begin
 
 
-def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
-    """`break_it` is given the run's folder and the checkpoint's."""
+def resuming(break_it: Callable[[Path, Path], Any], *words: str, **state: Any) -> Prepare:
+    """`break_it` is given the run's folder and the checkpoint's, which holds `state`."""
 
     def resume(world: World, _: pytest.MonkeyPatch) -> list[str]:
         run = begun_run(world)
@@ -196,7 +197,7 @@ def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
         from cluster.config_file import load_config
 
         config = load_config(run / "config.yaml", [], RunConfig).model_dump(mode="json")
-        break_it(run, write_checkpoint(run, config))
+        break_it(run, write_checkpoint(run, config, **state))
         return ["train", run_config(world, {}), "--resume", *words]
 
     return resume
@@ -291,6 +292,10 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     "resuming with an evaluation that was not there": Kind(
         resuming_with_an_evaluation,
         ("evaluation.prompts: ", "made with None", "put it back"),
+    ),
+    "resuming with other prompts": Kind(
+        resuming(nothing, prompts_digest=digest_of([tiny.prompt(0)])),
+        ("prompts: ", "prompts.jsonl", "now 8", "not those that the checkpoint", "put the file"),
     ),
     "resuming with another advantage": Kind(
         resuming(nothing, "ppo.advantage=sequence"), ("ppo.advantage: ", "'gae'", "'sequence'")
