@@ -58,27 +58,46 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
     ids = prompt_ids(text, tokenizer, chat=chat)
     if not ids:
         raise ValueError(f"{where}: the prompt has no tokens for this tokenizer; remove the row")
-    answer = row.get("answer")
-    name = row.get("prompt_id")
     return Prompt(
-        prompt_id=f"p{index}" if name is None else str(name),
+        prompt_id=prompt_id_of(row, index),
         epoch=0,
         text=text,
         ids=tuple(ids),
-        answer=None if answer is None else str(answer),
+        answer=_answer(where, row.get("answer")),
         metadata=_metadata(where, row.get("metadata")),
     )
 
 
+def prompt_id_of(row: Mapping[str, Any], index: int) -> str:
+    """Of the row at place `index` (from 0) of its file."""
+    name = row.get("prompt_id")
+    return f"p{index}" if name is None else str(name)
+
+
+def _answer(where: str, value: Any) -> str | None:
+    # NaN is how tables of numbers hold what is missing.
+    if value is None or value != value:
+        return None
+    if isinstance(value, (list, dict, bytes)):
+        kind = type(value).__name__
+        raise ValueError(f"{where}: answer is {kind}, not text or a number; use metadata for it")
+    return str(value)
+
+
 def _metadata(where: str, value: Any) -> Mapping[str, Any]:
-    """An object, also written as JSON text. It has to survive a checkpoint's JSON."""
+    """An object, also written as JSON text. It has to survive a checkpoint's JSON, and a scorer's."""
     try:
-        metadata = json.loads(value if isinstance(value, str) else json.dumps(value or {}))
-    except (TypeError, ValueError) as error:
+        given = json.loads(value) if isinstance(value, str) else value or {}
+        metadata = json.loads(json.dumps(given), parse_constant=_refuse_constant)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: metadata is not JSON ({error}); correct it") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{where}: metadata is no JSON object; write {{...}}")
     return metadata
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_ids(path: str, prompts: Iterable[Prompt]) -> None:

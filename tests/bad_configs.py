@@ -179,6 +179,13 @@ CASES: dict[str, Case] = {
     "metadata that is no object": Case(
         lambda w: rows(w, {"prompt": "a", "metadata": "{"}), ("row 1", "metadata is not JSON")
     ),
+    "metadata that is not finite": Case(
+        lambda w: rows(w, {"prompt": "a", "metadata": {"weight": float("nan")}}),
+        ("row 1", "metadata is not JSON", "NaN is no JSON number"),
+    ),
+    "an answer of several values": Case(
+        lambda w: rows(w, {"prompt": "a", "answer": ["1", "2"]}), ("row 1", "answer is list", "metadata")
+    ),
     "messages of another form": Case(
         lambda w: rows(w, {"messages": "hello"}), ("row 1", "messages is no list")
     ),

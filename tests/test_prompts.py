@@ -124,6 +124,24 @@ def test_answer_and_metadata_reach_the_scorer_as_text_and_object(load: Any) -> N
     assert [(p.answer, p.metadata) for p in prompts] == [("42", {"k": [1]}), (None, {"k": 2})]
 
 
+def test_an_answer_that_is_missing_from_a_column_of_numbers_is_none(load: Any) -> None:
+    prompts, _ = load([{"prompt": "a", "answer": 1.5}, {"prompt": "b", "answer": float("nan")}])
+    assert [p.answer for p in prompts] == ["1.5", None]
+
+
+@pytest.mark.parametrize("answer", [["1", "2"], {"is": 1}, []])
+def test_an_answer_of_several_values_names_its_row(load: Any, answer: Any) -> None:
+    said = refusal(load, [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": answer}])
+    assert f"row 2: answer is {type(answer).__name__}, not text or a number" in said
+
+
+@pytest.mark.parametrize("metadata", [{"k": [float("nan")]}, '{"k": NaN}', '{"k": 1e999}'])
+def test_metadata_with_numbers_that_json_does_not_have_names_its_row(
+    load: Any, metadata: Any
+) -> None:
+    assert "row 1: metadata is not JSON" in refusal(load, [{"prompt": "a", "metadata": metadata}])
+
+
 @pytest.mark.parametrize("metadata", ["{not json", "[1, 2]", [1], 3])
 def test_metadata_that_is_no_json_object_names_its_row(load: Any, metadata: Any) -> None:
     assert "row 1: metadata" in refusal(load, [{"prompt": "a", "metadata": metadata}])
