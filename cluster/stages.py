@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
-from cluster.gpus import check_gpus
+from cluster.gpus import check_gpus, gpu_bytes
 from cluster.hosting import hosting
 from cluster.learner_group import meet, met_at
 from cluster.live_view import LiveView
@@ -97,6 +97,8 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
         _read_pairs(config)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    if config.device == "cuda" and not gpu_bytes():
+        raise BadInput("device: cuda: torch sees no GPU on this machine; set device=cpu")
     files.create(overwrite=overwrite)
     started, out = time.time(), files.folder / "model"
     with fast_import():
@@ -110,7 +112,12 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
 
         try:
             figures = train(
-                config.training, model=config.model, out=out, seed=config.seed, progress=on_step
+                config.training,
+                model=config.model,
+                out=out,
+                seed=config.seed,
+                device=config.device,
+                progress=on_step,
             )
         except ValueError as error:
             raise BadInput(str(error)) from None

@@ -53,7 +53,13 @@ def pairwise_loss(
 
 
 def train(
-    config: RewardTrainingConfig, *, model: str, out: Path, seed: int, progress: Progress
+    config: RewardTrainingConfig,
+    *,
+    model: str,
+    out: Path,
+    seed: int,
+    device: str,
+    progress: Progress,
 ) -> dict[str, float]:
     """Trains on the backbone in the folder `model`, whose tokenizer it uses, and writes a Hugging
     Face sequence-classification folder `out`, which appears when it is complete.
@@ -76,7 +82,7 @@ def train(
     if config.normalise_on is not None:
         reference = read_reference(config.normalise_on, tokenizer, longest)
     torch.manual_seed(seed)  # dropout
-    reward_model = _with_zero_head(model, tokenizer)
+    reward_model = _with_zero_head(model, tokenizer).to(device)
     _check_rows(reward_model, config.pairs, pairs)
     _check_rows(reward_model, config.held_out_pairs, held_out)
     _check_rows(reward_model, config.normalise_on, [[ids] for ids in reference])
@@ -122,7 +128,7 @@ def _with_zero_head(path: str, tokenizer: Any) -> nn.Module:
     nn.init.zeros_(model.score.weight)
     if model.config.pad_token_id is None:  # other people's code needs it to find the last token
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def _optimise(

@@ -81,7 +81,8 @@ class FewGpus:
 def prepare(kind: Kind, world: World, patch: pytest.MonkeyPatch) -> list[str]:
     patch.chdir(world.folder)
     without_ray(patch)
-    patch.setattr("cluster.fit.gpu_bytes", lambda: ())  # as if this were any machine
+    for module in ("fit", "stages"):  # as if this were any machine
+        patch.setattr(f"cluster.{module}.gpu_bytes", lambda: ())
     patch.setattr("cluster.fit.available_bytes", lambda: 1 << 40)
     patch.delenv("RAY_ADDRESS", raising=False)
     return kind.prepare(world, patch)
@@ -564,6 +565,12 @@ REWARD_MODEL = {
     ),
     "reward model: nothing to normalise on": reward_model(
         {"training.normalise_on": "absent.jsonl"}, PAIR, "absent.jsonl", "no such file"
+    ),
+    "reward model: a GPU that is not there": reward_model(
+        {"device": "cuda"}, PAIR, "device: cuda", "no GPU", "set device=cpu"
+    ),
+    "reward model: a Ray, of which it has none": reward_model(
+        {"ray_address": "auto"}, PAIR, "unknown key ray_address"
     ),
     "reward model: an unknown key": reward_model(
         {"training.epoch": 1}, PAIR, "training.epoch", "did you mean epochs?"

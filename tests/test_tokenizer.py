@@ -48,7 +48,7 @@ def test_a_reward_model_is_trained_and_scores_with_the_tokens_that_all_others_us
     )
     out = tmp_path / "rm"
     config = RewardTrainingConfig(pairs=pairs)
-    train(config, model=str(renamed), out=out, seed=0, progress=lambda *_: None)
+    train(config, model=str(renamed), out=out, seed=0, device="cpu", progress=lambda *_: None)
     assert load_tokenizer(out)(TEXT).input_ids == expected
     same_vocabulary(str(renamed), str(out), "reward.scorer")
     edit(out / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
