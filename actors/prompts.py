@@ -6,7 +6,6 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -132,6 +131,7 @@ class PromptStream:
         self._seed = seed
         self._shuffle = shuffle
         self.cursor = cursor
+        self.digest = digest_of(prompts)  # now: of a million prompts it takes seconds
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __next__(self) -> Prompt:
@@ -140,10 +140,6 @@ class PromptStream:
             self._order = (epoch, self._shuffled(epoch))
         self.cursor += 1
         return self._prompts[self._order[1][place]].of_epoch(epoch)
-
-    @cached_property
-    def digest(self) -> str:
-        return digest_of(self._prompts)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

@@ -12,6 +12,7 @@ from reward_service.config import RewardTrainingConfig
 from reward_service.reward_training import train
 from reward_service.tokenizer import load_tokenizer
 from tests import tiny
+from tests.test_import_layers import ROOT, SOURCES
 from tests.test_reward_model import scorer, tiny_language_model
 
 TEXT = "is it late?  yes."
@@ -53,6 +54,13 @@ def test_a_reward_model_is_trained_and_scores_with_the_tokens_that_all_others_us
     same_vocabulary(str(renamed), str(out), "reward.scorer")
     edit(out / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     assert scorer(str(out), input="text")._tokenizer(TEXT).input_ids == expected
+
+
+def test_no_source_loads_a_tokenizer_in_another_way() -> None:
+    loads = {str(path.relative_to(ROOT)): path.read_text() for path in SOURCES}
+    others = ("AutoTokenizer.", "import AutoTokenizer", "PreTrainedTokenizerFast")
+    found = [name for name, text in loads.items() if any(other in text for other in others)]
+    assert found == ["reward_service/tokenizer.py"]
 
 
 def of_metaspaces(folder: Path) -> None:
