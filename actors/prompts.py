@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors.config import PromptsConfig
 from actors.trajectory import Prompt
-from reward_service.chat import chat_prompt, is_message
+from reward_service.chat import chat_prompt
 from reward_service.rows import read_rows
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a Hugging Face folder, without importing torch. ValueError if none."""
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder}: no tokenizer.json; give a Hugging Face folder with a fast tokenizer"
-        )
-    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # tokenizers raises bare Exception on a file it cannot read
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be read ({error}); copy it again"
-        ) from None
+from reward_service.tokenizer import prompt_ids
 
 
 def load_prompts(
@@ -60,49 +46,57 @@ def load_prompts(
 
 def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt:
     where = f"{path}: row {index + 1}"
-    if row.get("messages") is not None:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{where}: has messages, but the tokenizer has no chat template; use a prompt column"
-            )
-        text = _chat_text(where, row["messages"], tokenizer)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+    chat = row.get("messages") is not None
+    if chat:
+        text = chat_prompt(f"{where}: messages", row["messages"], tokenizer)
     else:
         given = row.get("prompt")
         if not isinstance(given, str) or not given.strip():
             raise ValueError(f"{where}: the prompt is empty or no text; remove the row")
         text = given
-        ids = tokenizer(text).input_ids
+    ids = prompt_ids(text, tokenizer, chat=chat)
     if not ids:
         raise ValueError(f"{where}: the prompt has no tokens for this tokenizer; remove the row")
-    answer = row.get("answer")
-    name = row.get("prompt_id")
     return Prompt(
-        prompt_id=f"p{index}" if name is None else str(name),
+        prompt_id=prompt_id_of(row, index),
         epoch=0,
         text=text,
         ids=tuple(ids),
-        answer=None if answer is None else str(answer),
+        answer=_answer(where, row.get("answer")),
         metadata=_metadata(where, row.get("metadata")),
     )
 
 
-def _chat_text(where: str, messages: Any, tokenizer: Any) -> str:
-    # Checked here, because a template turns nearly anything into some text.
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise ValueError(f"{where}: messages is no list of role and content objects; correct it")
-    return chat_prompt(where, messages, tokenizer)
+def prompt_id_of(row: Mapping[str, Any], index: int) -> str:
+    """Of the row at place `index` (from 0) of its file."""
+    name = row.get("prompt_id")
+    return f"p{index}" if name is None else str(name)
+
+
+def _answer(where: str, value: Any) -> str | None:
+    # NaN is how tables of numbers hold what is missing.
+    if value is None or value != value:
+        return None
+    if isinstance(value, (list, dict, bytes)):
+        kind = type(value).__name__
+        raise ValueError(f"{where}: answer is {kind}, not text or a number; use metadata for it")
+    return str(value)
 
 
 def _metadata(where: str, value: Any) -> Mapping[str, Any]:
-    """An object, also written as JSON text. It has to survive a checkpoint's JSON."""
+    """An object, also written as JSON text. It has to survive a checkpoint's JSON, and a scorer's."""
     try:
-        metadata = json.loads(value if isinstance(value, str) else json.dumps(value or {}))
-    except (TypeError, ValueError) as error:
+        given = json.loads(value) if isinstance(value, str) else value or {}
+        metadata = json.loads(json.dumps(given), parse_constant=_refuse_constant)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: metadata is not JSON ({error}); correct it") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{where}: metadata is no JSON object; write {{...}}")
     return metadata
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_ids(path: str, prompts: Iterable[Prompt]) -> None:
@@ -113,6 +107,15 @@ def _check_ids(path: str, prompts: Iterable[Prompt]) -> None:
                 f"{path}: prompt_id {prompt.prompt_id} stands twice; make the ids unique"
             )
         seen.add(prompt.prompt_id)
+
+
+def digest_of(prompts: Iterable[Prompt]) -> str:
+    """Of what a stream's cursor counts: the prompts' ids, their tokens and their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.prompt_id, len(prompt.ids)]).encode())
+        digest.update(array("i", prompt.ids).tobytes())
+    return digest.hexdigest()
 
 
 class PromptStream:
@@ -128,6 +131,7 @@ class PromptStream:
         self._seed = seed
         self._shuffle = shuffle
         self.cursor = cursor
+        self.digest = digest_of(prompts)  # now: of a million prompts it takes seconds
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __next__(self) -> Prompt:

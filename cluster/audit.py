@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.config import PromptsConfig
+from actors.prompts import prompt_id_of
 from actors.trajectory import SCHEMA_VERSION
 from cluster import checkpoints
 from cluster.config import BadInput, RunConfig
@@ -258,6 +259,4 @@ def _prompt_ids(config: PromptsConfig) -> set[str]:
         rows = islice(enumerate(read_rows(config.path)), config.limit)
     except ValueError as error:
         raise BadInput(f"prompts.path: {error}") from None
-    return {
-        str(row["prompt_id"]) if row.get("prompt_id") is not None else f"p{i}" for i, row in rows
-    }
+    return {prompt_id_of(row, i) for i, row in rows}

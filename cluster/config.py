@@ -80,9 +80,6 @@ class StageConfig(StrictModel):
     runs_dir: str = "runs"
     seed: int = Field(default=0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"
-    ray_address: str | None = (
-        None  # None: a Ray of its own (or the job's); "auto" or host:port: join that one
-    )
 
     @property
     def run_dir(self) -> Path:
@@ -90,9 +87,11 @@ class StageConfig(StrictModel):
 
 
 class LearnerStageConfig(StageConfig):
-    """What the stages with an FSDP learner have."""
+    """What the stages with an FSDP learner, and so with a Ray, have."""
 
     stage: str  # first, so that a file of another kind is told so before anything else
+    # None: a Ray of its own (or the job's); "auto" or host:port: join that one
+    ray_address: str | None = None
     num_steps: PositiveInt
     learner: LearnerConfig = LearnerConfig()
 

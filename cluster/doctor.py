@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from actors.config import PromptsConfig
-from actors.prompts import load_prompts, load_tokenizer
+from actors.prompts import digest_of, load_prompts
 from actors.trajectory import Prompt
 from cluster.config import BadInput, RunConfig
 from cluster.disk import check_disk
@@ -31,6 +30,7 @@ from cluster.model_folder import (
 from cluster.redaction import hide
 from cluster.shapes import Shape, read_shapes, reward_models
 from cluster.versions import check_versions
+from learner.supervised_rows import load_supervised
 from reward_service.config import (
     FunctionScorerConfig,
     HttpScorerConfig,
@@ -38,6 +38,7 @@ from reward_service.config import (
     ScorerConfig,
     SumScorerConfig,
 )
+from reward_service.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,21 @@ def _read(config: RunConfig) -> Inputs:
     if config.evaluation is not None:
         check_scorer(config.evaluation.scorer, config.policy, "evaluation.scorer")
         held_out, _ = _prompts(config, config.evaluation.prompts, tokenizer)
-    if config.ppo.ptx is not None and not Path(config.ppo.ptx.path).is_file():
-        raise ValueError(f"ppo.ptx.path: {config.ppo.ptx.path}: no such file; correct the path")
+    if config.ppo.ptx is not None:
+        _check_ptx(config.ppo.ptx.path, config.learner.max_tokens_per_microbatch, tokenizer)
     shape = Shape.of(model)
     num_parameters = shape.parameters if shape is not None else 0
     inputs = Inputs(tokenizer, model["vocab_size"], prompts, dropped, held_out, num_parameters)
     _check_positions(config, longest_sequence(config, inputs))
     return inputs
+
+
+def _check_ptx(path: str, max_tokens: int, tokenizer: Any) -> None:
+    """Read all that the learner will read, so that what it would refuse is refused now."""
+    try:
+        load_supervised(path, tokenizer, max_tokens, key="learner.max_tokens_per_microbatch")
+    except ValueError as error:
+        raise ValueError(f"ppo.ptx.path: {error}") from None
 
 
 def _companions(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -160,6 +169,18 @@ def check_resume(config: RunConfig, saved: dict[str, Any]) -> None:
             )
 
 
+def check_same_prompts(config: RunConfig, prompts: list[Prompt], state: dict[str, Any]) -> None:
+    """BadInput if the cursor of the checkpoint with this driver's state counts other prompts: some would
+    be trained again, others never. A checkpoint without their digest is older than that."""
+    digest = digest_of(prompts)
+    if state.get("prompts_digest", digest) != digest:
+        raise BadInput(
+            f"prompts: {config.prompts.path}: the prompts that are kept of it, now {len(prompts)}, are not "
+            "those that the checkpoint was made with; put the file, its tokenizer and "
+            "generators.max_model_len back, or start another run with name=..."
+        )
+
+
 def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
     """ValueError if a scorer cannot be made or would misread the policy's tokens."""
     match config:
@@ -174,8 +195,10 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
                 raise ValueError(f"{key}: {error}") from None
         case RewardModelScorerConfig():
             if config.input == "tokens":
-                same_vocabulary(policy, config.path, key)
+                same_vocabulary(policy, config.path, key, scores=True)
             check_reward_model(config.path, key)
+            if config.input == "text":
+                load_tokenizer(config.path)
         case SumScorerConfig():
             for name, part in config.parts.items():
                 check_scorer(part.scorer, policy, f"{key}.{name}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from cluster.config import StageConfig
+from cluster.config import LearnerStageConfig
 from cluster.placement import Host, InProcessHost
 from cluster.ray_host import RayHost, fork_server
 
 
 @contextmanager
-def hosting(config: StageConfig, *, in_process: bool) -> Iterator[Callable[[], Host]]:
+def hosting(config: LearnerStageConfig, *, in_process: bool) -> Iterator[Callable[[], Host]]:
     """A function that opens the host, to be called once all is checked; it is closed with the block.
     Until then workers' imports are done beside the checks."""
     on_cpu = config.device == "cpu" and not in_process

@@ -34,7 +34,7 @@ from cluster import checkpoints
 from cluster.bring_up import bring_up, recover
 from cluster.config import BadInput, RunConfig
 from cluster.deployment import Deployment
-from cluster.doctor import Inputs, check_inputs, check_resume
+from cluster.doctor import Inputs, check_inputs, check_resume, check_same_prompts
 from cluster.dropped import rolled_out, too_long
 from cluster.evaluation import Evaluation
 from cluster.generator_group import Replacement
@@ -77,7 +77,9 @@ def run_ppo(
             config = scaled(config, files.folder)
         inputs = check_inputs(config)
         checkpoint, problems = (
-            _checkpoint_of(config, files, trusted=trust_checkpoint) if resume else (None, [])
+            _checkpoint_of(config, inputs, files, trusted=trust_checkpoint)
+            if resume
+            else (None, [])
         )
         if in_process and (config.generators.count, config.learner.ranks) != (1, 1):
             raise BadInput(
@@ -101,7 +103,7 @@ def run_ppo(
 
 
 def _checkpoint_of(
-    config: RunConfig, files: RunFiles, *, trusted: bool
+    config: RunConfig, inputs: Inputs, files: RunFiles, *, trusted: bool
 ) -> tuple[checkpoints.Checkpoint | None, list[str]]:
     """The one to go on from, and what is wrong with those after it. BadInput if none can be used."""
     checkpoint, problems = checkpoints.newest_intact(files.folder)
@@ -112,7 +114,9 @@ def _checkpoint_of(
     if checkpoint is not None:
         if not trusted:
             checkpoints.check_origin(checkpoint.path)
-        check_resume(config, checkpoint.driver_state()["config"])
+        state = checkpoint.driver_state()
+        check_resume(config, state["config"])
+        check_same_prompts(config, inputs.prompts, state)
     return checkpoint, problems
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import GeneratorsConfig
-from actors.prompts import load_tokenizer
 from learner.model_limits import check_rope, refuse_inexact
 from learner.weight_names import check_weights
+from reward_service.tokenizer import load_tokenizer
+
+# Texts on which tokenizers of one vocabulary come apart: spaces, capitals, digits, other scripts.
+SAMPLES = ("Hello world, the fox", "  Two  spaces\n\tand 1234.5", "naïve Ünïcode: 日本語 🙂")
 
 
 def model_config(folder: str, key: str) -> dict[str, Any]:
@@ -63,16 +66,36 @@ def check_longest(folder: str, key: str, of: str, longest: int) -> None:
     check_rope(f"{key}: {folder}", model_config(folder, key), of, longest)
 
 
-def same_vocabulary(policy: str, other: str, key: str) -> None:
-    """ValueError unless both folders' tokenizers have the same tokens under the same ids."""
+def same_vocabulary(policy: str, other: str, key: str, *, scores: bool = False) -> None:
+    """ValueError unless both folders' tokenizers have the same tokens under the same ids and cut a text
+    into the same ones. `scores`: a reward model, which has learned where sequences begin and end, too;
+    a base model may well be the reference of a chat model, with its other end of a turn."""
     model_config(other, key)
-    ours, theirs = load_tokenizer(policy).get_vocab(), load_tokenizer(other).get_vocab()
-    if ours != theirs:
-        differing = len(set(ours.items()) ^ set(theirs.items()))
+    ours, theirs = load_tokenizer(policy), load_tokenizer(other)
+    if (difference := _difference(ours, theirs, ends=scores)) is not None:
         raise ValueError(
-            f"{key}: {other}: its tokenizer is not the policy's ({differing} entries differ, {len(theirs)} "
-            f"against {len(ours)} tokens); give a model with the tokenizer of {policy}"
+            f"{key}: {other}: its tokenizer is not the policy's ({difference}); give a model with the "
+            f"tokenizer of {policy}"
         )
+
+
+def _difference(ours: Any, theirs: Any, *, ends: bool) -> str | None:
+    """Of two tokenizers, in words; None if there is none. `ends`: the tokens around a text count, too."""
+    entries, others = ours.get_vocab(), theirs.get_vocab()
+    if entries != others:
+        differing = len(set(entries.items()) ^ set(others.items()))
+        return f"{differing} entries differ, {len(others)} against {len(entries)} tokens"
+    for text in SAMPLES:
+        ids, given = (one(text, add_special_tokens=ends).input_ids for one in (ours, theirs))
+        if ids != given:
+            return f"{text!r} is {_first(given)} there, {_first(ids)} here"
+    if ends and ours.eos_token_id != theirs.eos_token_id:
+        return f"eos_token is {theirs.eos_token!r} there, {ours.eos_token!r} here"
+    return None
+
+
+def _first(ids: list[int]) -> str:
+    return f"{ids[:8]}"[:-1] + (", ...]" if len(ids) > 8 else "]")
 
 
 def check_tokenizer(folder: str, tokenizer: Any, model: dict[str, Any]) -> None:

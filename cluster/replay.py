@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 
-from actors.prompts import load_tokenizer
 from cluster import checkpoints, replay_bundle
 from cluster.config import BadInput, RunConfig
 from cluster.config_file import load_config
@@ -22,6 +21,7 @@ from cluster.model_folder import policy_config
 from cluster.specs import learner_spec
 from learner.learner_spec import LEARNER_ENV, LearnerSpec, Rendezvous, StepRefused
 from reward_service.fast_import import fast_import
+from reward_service.tokenizer import load_tokenizer
 
 
 def replay(bundle: Path, *, trust_checkpoint: bool = False) -> tuple[str, int]:

@@ -59,7 +59,7 @@ class RolloutRole(RolloutWorker):
     def __init__(self, spec: RolloutSpec, rewards: Any) -> None:
         settle_in(spec.log_file)
         from actors.generator import Generator
-        from actors.prompts import load_tokenizer
+        from reward_service.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(spec.model)
         generator = Generator(

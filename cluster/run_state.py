@@ -131,6 +131,7 @@ def _driver_state(run: Run) -> dict[str, Any]:
         ledger = supervisor.ledger.state()
     return {
         "cursor": cursor,
+        "prompts_digest": supervisor.stream.digest,
         "ledger": ledger,
         "num_dropped": num_dropped,
         "seconds": run.meter.seconds,

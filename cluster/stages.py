@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from actors.prompts import load_tokenizer
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
-from cluster.gpus import check_gpus
+from cluster.gpus import check_gpus, gpu_bytes
 from cluster.hosting import hosting
 from cluster.learner_group import meet, met_at
 from cluster.live_view import LiveView
@@ -19,8 +18,10 @@ from cluster.placement import Host, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
 from cluster.versions import versions
+from learner.supervised_rows import load_supervised
 from reward_service.fast_import import fast_import
 from reward_service.pairs import read_pairs, read_reference
+from reward_service.tokenizer import load_tokenizer
 
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
@@ -37,8 +38,6 @@ def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
 
 
 def _check_sft(config: SFTRunConfig, *, in_process: bool) -> None:
-    with fast_import():
-        from learner.supervised import load_supervised
     try:
         policy_config(config.model, "model")
         check_longest(config.model, "model", "sft.max_tokens", config.sft.max_tokens)
@@ -99,6 +98,8 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
         _read_pairs(config)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    if config.device == "cuda" and not gpu_bytes():
+        raise BadInput("device: cuda: torch sees no GPU on this machine; set device=cpu")
     files.create(overwrite=overwrite)
     started, out = time.time(), files.folder / "model"
     with fast_import():
@@ -112,7 +113,12 @@ def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
 
         try:
             figures = train(
-                config.training, model=config.model, out=out, seed=config.seed, progress=on_step
+                config.training,
+                model=config.model,
+                out=out,
+                seed=config.seed,
+                device=config.device,
+                progress=on_step,
             )
         except ValueError as error:
             raise BadInput(str(error)) from None

@@ -30,7 +30,7 @@ from learner.refusal import BadStep
 from learner.rollout_metrics import rollout_metrics
 from learner.sharding import unsharded
 from learner.shared_memory import use_shared_memory
-from learner.supervised import SupervisedRows, load_supervised
+from learner.supervised_rows import SupervisedRows, load_supervised
 from learner.sweep import Models, Share, sweep
 from learner.weight_publisher import WeightPublisher
 
@@ -183,7 +183,7 @@ class LearnerWorker:
         ptx = self._spec.ppo.ptx
         if ptx is None:
             return None
-        from actors.prompts import load_tokenizer
+        from reward_service.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self._spec.policy)
         rows = load_supervised(ptx.path, tokenizer, self._spec.learner.max_tokens_per_microbatch)

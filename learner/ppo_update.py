@@ -26,7 +26,8 @@ from learner.ppo_loss import policy_loss, token_mean, value_loss
 from learner.process_group import max_over_ranks, sum_over_ranks
 from learner.refusal import BadStep, check_minibatch
 from learner.step_metrics import step_metrics
-from learner.supervised import SupervisedBatch, supervised_loss
+from learner.supervised import supervised_loss
+from learner.supervised_rows import SupervisedBatch
 from learner.sweep import Models, Share, prepare
 from learner.undo import Undo
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, SFTConfig
 from learner.hf_folder import gather_weights, write_folder
 from learner.learner_spec import Rendezvous
 from learner.optimizer import NotFinite, Optimizer
 from learner.policy import load_policy
 from learner.process_group import free_port, join, sum_over_ranks
-from learner.supervised import SupervisedRows, load_supervised, supervised_loss
+from learner.supervised import supervised_loss
+from learner.supervised_rows import SupervisedRows, load_supervised
 from learner.sweep import Share
+from reward_service.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

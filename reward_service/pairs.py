@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from reward_service.chat import chat_prompt, is_message
-from reward_service.rows import read_rows
+from reward_service.chat import chat_reply
+from reward_service.rows import read_rows, text_of
+from reward_service.tokenizer import end_id, prompt_ids, reply_ids
 
 
 class Pair(NamedTuple):
@@ -46,27 +47,23 @@ class _Encoder:
     """
 
     def __init__(self, path: str, tokenizer: Any, max_tokens: int) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"{tokenizer.name_or_path}: tokenizer without end-of-sequence token; set eos_token"
-            )
+        self._end_id = end_id(tokenizer)
         self._path, self._tokenizer, self._max_tokens = path, tokenizer, max_tokens
 
     def __call__(self, number: int, row: dict[str, Any], reply: str) -> list[int]:
         where = f"{self._path}: row {number}"
-        if isinstance(row.get(reply), list):
-            prompt, text = self._conversation(where, row, reply)
-            prompt_ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
+        chat = isinstance(row.get(reply), list)
+        if chat:
+            before = row.get("prompt") or []
+            messages = [*(before if isinstance(before, list) else [before]), *row[reply]]
+            named = f"{where}: {reply} with its prompt"
+            prompt, text = chat_reply(named, messages, self._tokenizer)
         else:
-            for name in ("prompt", reply):
-                if not isinstance(row.get(name), str):
-                    kind = type(row.get(name)).__name__
-                    raise ValueError(f"{where}: {name} is {kind}, not text; correct it")
-            prompt_ids, text = self._tokenizer(row["prompt"]).input_ids, row[reply]
+            prompt, text = (text_of(where, row, name) for name in ("prompt", reply))
         ids = [
-            *prompt_ids,
-            *self._tokenizer(text, add_special_tokens=False).input_ids,
-            self._tokenizer.eos_token_id,
+            *prompt_ids(prompt, self._tokenizer, chat=chat),
+            *reply_ids(text, self._tokenizer),
+            self._end_id,
         ]
         if len(ids) > self._max_tokens:
             raise ValueError(
@@ -74,25 +71,6 @@ class _Encoder:
                 f"max_tokens {self._max_tokens}; raise it, or leave the row out"
             )
         return ids
-
-    def _conversation(self, where: str, row: dict[str, Any], reply: str) -> tuple[str, str]:
-        """The prompt as the chat template has it, and the reply."""
-        before = row.get("prompt") or []
-        messages = [*(before if isinstance(before, list) else [before]), *row[reply]]
-        if len(messages) < 2 or not all(map(is_message, messages)):
-            raise ValueError(
-                f"{where}: {reply} with its prompt is no list of role and content objects; correct it"
-            )
-        *context, last = messages
-        if last["role"] != "assistant":
-            raise ValueError(
-                f"{where}: {reply} does not end with the assistant's message; correct it"
-            )
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(
-                f"{where}: {reply} is a conversation, but the tokenizer has no chat template; use texts"
-            )
-        return chat_prompt(where, context, self._tokenizer), last["content"]
 
 
 def _context(reply: Any) -> Any:

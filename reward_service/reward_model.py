@@ -11,60 +11,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from reward_service.api import ScoreRequest, ScoreResult
+from reward_service.api import ScoreFailure, ScoreRequest, ScoreResult
 from reward_service.config import RewardModelScorerConfig
 from reward_service.rules import as_result
+from reward_service.tokenizer import load_tokenizer, prompt_ids, reply_ids
 
 
 class RewardModelScorer:
     """The score of a completion is the head's output at its last token, then
     (score - score_mean) / score_sd where the folder's config.json has both.
 
-    `input: tokens` scores the ids as sampled. `input: text` encodes prompt + completion with the
-    model's own tokenizer, and adds its end-of-sequence token where the completion has stopped.
-    Raises ValueError for a folder that is no reward model, and for ids it cannot embed.
+    `input: tokens` scores the ids as sampled. `input: text` encodes prompt and completion with the
+    model's own tokenizer, as when it was trained, and adds its end-of-sequence token where the
+    completion has stopped. Raises ValueError for a folder that is no reward model.
     """
 
     def __init__(self, config: RewardModelScorerConfig) -> None:
         self._config = config
         self._model = load_reward_model(config.path, dtype=getattr(torch, config.dtype))
         self._mean, self._sd = _normalisation(config.path, self._model.config)
-        self._tokenizer: Any = (
-            AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
-            if config.input == "text"
-            else None
-        )
+        self._tokenizer: Any = load_tokenizer(config.path) if config.input == "text" else None
         # One thread: forward passes share the cores (or the device), and do not gain from others.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-model")
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         loop = asyncio.get_running_loop()
-        scores = await loop.run_in_executor(self._thread, self._score, list(requests))
-        return [
-            as_result(request.trajectory_id, score)
-            for request, score in zip(requests, scores, strict=True)
-        ]
+        return await loop.run_in_executor(self._thread, self._score, list(requests))
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, requests: list[ScoreRequest]) -> list[float]:
+    def _score(self, requests: list[ScoreRequest]) -> list[ScoreResult]:
+        """What the model cannot embed fails alone."""
         sequences = [self._ids(request) for request in requests]
-        for request, ids in zip(requests, sequences, strict=True):
-            check_ids(ids, self._model, f"{self._config.path}: {request.trajectory_id}")
-        scores = score_sequences(self._model, sequences, self._config.max_batch_tokens)
-        return ((scores.double() - self._mean) / self._sd).tolist()
+        problems = [unfit(ids, self._model) for ids in sequences]
+        fit = [ids for ids, problem in zip(sequences, problems, strict=True) if problem is None]
+        scores = score_sequences(self._model, fit, self._config.max_batch_tokens)
+        values = iter(((scores.double() - self._mean) / self._sd).tolist())
+        return [
+            as_result(request.trajectory_id, next(values))
+            if problem is None
+            else ScoreFailure(request.trajectory_id, "invalid", f"{self._config.path}: {problem}")
+            for request, problem in zip(requests, problems, strict=True)
+        ]
 
     def _ids(self, request: ScoreRequest) -> list[int]:
         if self._tokenizer is None:
             return [*request.prompt_ids, *request.completion_ids]
-        ids: list[int] = self._tokenizer(request.prompt + request.completion).input_ids
-        eos = self._tokenizer.eos_token_id
-        if eos is None or request.finish_reason != "stop" or ids[-1:] == [eos]:
-            return ids
-        return [*ids, int(eos)]
+        reply, eos = reply_ids(request.completion, self._tokenizer), self._tokenizer.eos_token_id
+        if eos is not None and request.finish_reason == "stop" and reply[-1:] != [eos]:
+            reply = [*reply, eos]
+        return [*prompt_ids(request.prompt, self._tokenizer), *reply]
 
 
 def load_reward_model(path: str, *, dtype: torch.dtype) -> Any:
@@ -130,22 +129,21 @@ def length_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[i
     return batches
 
 
-def check_ids(ids: Sequence[int], model: Any, where: str) -> None:
-    """ValueError, starting with `where`, for what the model cannot embed."""
+def unfit(ids: Sequence[int], model: Any) -> str | None:
+    """Why the model cannot embed them; None if it can."""
     if not ids:
-        raise ValueError(f"{where}: has no tokens")
+        return "has no tokens"
     vocabulary = model.get_input_embeddings().num_embeddings
     if min(ids) < 0 or max(ids) >= vocabulary:
         bad = next(token for token in ids if not 0 <= token < vocabulary)
-        raise ValueError(
-            f"{where}: token id {bad} is outside this model's vocabulary of {vocabulary}; "
+        return (
+            f"token id {bad} is outside this model's vocabulary of {vocabulary}; "
             "these are another tokenizer's ids (a scorer can set input to text)"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and len(ids) > positions:
-        raise ValueError(
-            f"{where}: {len(ids)} tokens, the model has {positions} positions; shorten it"
-        )
+        return f"{len(ids)} tokens, the model has {positions} positions; shorten it"
+    return None
 
 
 def _head(model: Any) -> nn.Module:

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from reward_service.config import RewardTrainingConfig
 from reward_service.pairs import Pair, read_pairs, read_reference
 from reward_service.reward_model import (
-    check_ids,
     last_token_scores,
     length_batches,
     score_sequences,
+    unfit,
 )
+from reward_service.tokenizer import load_tokenizer
 
 Progress = Callable[[int, int, dict[str, float]], None]  # step (from 1), num_steps, metrics
 
@@ -52,7 +53,13 @@ def pairwise_loss(
 
 
 def train(
-    config: RewardTrainingConfig, *, model: str, out: Path, seed: int, progress: Progress
+    config: RewardTrainingConfig,
+    *,
+    model: str,
+    out: Path,
+    seed: int,
+    device: str,
+    progress: Progress,
 ) -> dict[str, float]:
     """Trains on the backbone in the folder `model`, whose tokenizer it uses, and writes a Hugging
     Face sequence-classification folder `out`, which appears when it is complete.
@@ -66,7 +73,7 @@ def train(
         raise ValueError(f"{out}: exists already; remove it, or choose another name")
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model}: no config.json; give the folder of a causal language model")
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = load_tokenizer(model)
     longest = config.max_tokens
     pairs = read_pairs(config.pairs, tokenizer, longest)
     held_out, reference = list[Pair](), list[list[int]]()
@@ -75,7 +82,7 @@ def train(
     if config.normalise_on is not None:
         reference = read_reference(config.normalise_on, tokenizer, longest)
     torch.manual_seed(seed)  # dropout
-    reward_model = _with_zero_head(model, tokenizer)
+    reward_model = _with_zero_head(model, tokenizer).to(device)
     _check_rows(reward_model, config.pairs, pairs)
     _check_rows(reward_model, config.held_out_pairs, held_out)
     _check_rows(reward_model, config.normalise_on, [[ids] for ids in reference])
@@ -92,7 +99,8 @@ def train(
 def _check_rows(model: Any, path: str | None, rows: Sequence[Sequence[list[int]]]) -> None:
     for number, row in enumerate(rows, 1):
         for ids in row:
-            check_ids(ids, model, f"{path}: row {number}")
+            if (problem := unfit(ids, model)) is not None:
+                raise ValueError(f"{path}: row {number}: {problem}")
 
 
 def lr_factor(step: int, num_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
@@ -120,7 +128,7 @@ def _with_zero_head(path: str, tokenizer: Any) -> nn.Module:
     nn.init.zeros_(model.score.weight)
     if model.config.pad_token_id is None:  # other people's code needs it to find the last token
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def _optimise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,23 @@ def read_rows(
     return rows
 
 
+def text_of(where: str, row: Mapping[str, Any], name: str) -> str:
+    """The text in column `name`; ValueError, beginning with `where`, for anything else."""
+    text = row.get(name)
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {name} is {type(text).__name__}, not text; correct it")
+    return text
+
+
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable Parquet file ({said}); write it again") from None
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -60,13 +70,25 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}: line {number} is not JSON ({error.msg}); fix the line"
-            ) from None
+        except (ValueError, RecursionError) as error:
+            said = getattr(error, "msg", str(error))
+            raise ValueError(f"{path}: line {number} is not JSON ({said}); fix the line") from None
         if not isinstance(row, dict):
             raise ValueError(
                 f"{path}: line {number} is not an object; write one JSON object a line"
             )
+        if "\\ud" in line.lower() and not _is_text(row):
+            raise ValueError(
+                f"{path}: line {number} has half of a surrogate pair, which is no text; fix the line"
+            )
         rows.append(row)
     return rows
+
+
+def _is_text(row: Any) -> bool:
+    """JSON can escape what UTF-8 cannot write, and no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -197,12 +197,19 @@ CASES: dict[str, Case] = {
     "metadata that is no object": Case(
         lambda w: rows(w, {"prompt": "a", "metadata": "{"}), ("row 1", "metadata is not JSON")
     ),
+    "metadata that is not finite": Case(
+        lambda w: rows(w, {"prompt": "a", "metadata": {"weight": float("nan")}}),
+        ("row 1", "metadata is not JSON", "NaN is no JSON number"),
+    ),
+    "an answer of several values": Case(
+        lambda w: rows(w, {"prompt": "a", "answer": ["1", "2"]}), ("row 1", "answer is list", "metadata")
+    ),
     "messages of another form": Case(
         lambda w: rows(w, {"messages": "hello"}), ("row 1", "messages is no list")
     ),
     "messages without a chat template": Case(
         lambda w: {**rows(w, {"messages": [{"role": "user", "content": "a"}]}), "policy": str(w.stranger)},
-        ("row 1", "has messages", "no chat template", "use a prompt column"),
+        ("row 1", "messages", "no chat template", "use texts"),
     ),
     "no policy": changes({"policy": "nowhere"}, "policy: nowhere", "no config.json", "stage before"),
     "a policy without safetensors": Case(
@@ -311,6 +318,19 @@ CASES: dict[str, Case] = {
     ),
     "no pretraining text": changes(
         {"ppo.ptx": {"path": "absent.jsonl", "coef": 0.1, "batch_size": 4}}, "ppo.ptx.path", "absent.jsonl"
+    ),
+    "pretraining text that is none": Case(
+        lambda w: {
+            "ppo.ptx": {
+                "path": tiny.write_jsonl(w.folder / "ptx.jsonl", [{"prompt": "a", "completion": ["b"]}]),
+                "coef": 0.1,
+                "batch_size": 4,
+            }
+        },
+        ("ppo.ptx.path: ", "ptx.jsonl", "row 1", "completion is list, not text"),
+    ),
+    "half of a surrogate pair": Case(
+        lambda w: rows(w, {"prompt": "a"}, {"prompt": "\ud83d"}), ("bad.jsonl", "line 2", "no text")
     ),
     "resuming what is not there": changes({}, "no run to resume", words=("--resume",)),
     "resuming and overwriting": changes({}, "--resume", words=("--resume", "--overwrite")),

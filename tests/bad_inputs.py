@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from actors.prompts import digest_of
 from cluster import checkpoints, cli, hosting, ray_auth, ray_host, versions
 from tests import tiny
 from tests.bad_configs import CASES, Case, World, configured
@@ -80,7 +81,8 @@ class FewGpus:
 def prepare(kind: Kind, world: World, patch: pytest.MonkeyPatch) -> list[str]:
     patch.chdir(world.folder)
     without_ray(patch)
-    patch.setattr("cluster.fit.gpu_bytes", lambda: ())  # as if this were any machine
+    for module in ("fit", "stages"):  # as if this were any machine
+        patch.setattr(f"cluster.{module}.gpu_bytes", lambda: ())
     patch.setattr("cluster.fit.available_bytes", lambda: 1 << 40)
     patch.delenv("RAY_ADDRESS", raising=False)
     return kind.prepare(world, patch)
@@ -167,9 +169,9 @@ def begun_run(world: World, tree: dict[str, Any] | None = None) -> Path:
     return folder
 
 
-def write_checkpoint(run: Path, config: dict[str, Any]) -> Path:
+def write_checkpoint(run: Path, config: dict[str, Any], **state: Any) -> Path:
     aside = checkpoints.begin(run, 2)
-    (aside / checkpoints.DRIVER).write_text(json.dumps({"config": config}))
+    (aside / checkpoints.DRIVER).write_text(json.dumps({"config": config, **state}))
     return checkpoints.commit(aside, 2, keep=1).path
 
 
@@ -187,8 +189,8 @@ def while_it_goes_on(*given: str) -> Prepare:
     return begin
 
 
-def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
-    """`break_it` is given the run's folder and the checkpoint's."""
+def resuming(break_it: Callable[[Path, Path], Any], *words: str, **state: Any) -> Prepare:
+    """`break_it` is given the run's folder and the checkpoint's, which holds `state`."""
 
     def resume(world: World, _: pytest.MonkeyPatch) -> list[str]:
         run = begun_run(world)
@@ -196,7 +198,7 @@ def resuming(break_it: Callable[[Path, Path], Any], *words: str) -> Prepare:
         from cluster.config_file import load_config
 
         config = load_config(run / "config.yaml", [], RunConfig).model_dump(mode="json")
-        break_it(run, write_checkpoint(run, config))
+        break_it(run, write_checkpoint(run, config, **state))
         return ["train", run_config(world, {}), "--resume", *words]
 
     return resume
@@ -291,6 +293,10 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     "resuming with an evaluation that was not there": Kind(
         resuming_with_an_evaluation,
         ("evaluation.prompts: ", "made with None", "put it back"),
+    ),
+    "resuming with other prompts": Kind(
+        resuming(nothing, prompts_digest=digest_of([tiny.prompt(0)])),
+        ("prompts: ", "prompts.jsonl", "now 8", "not those that the checkpoint", "put the file"),
     ),
     "resuming with another advantage": Kind(
         resuming(nothing, "ppo.advantage=sequence"), ("ppo.advantage: ", "'gae'", "'sequence'")
@@ -508,6 +514,14 @@ SFT = {
     "SFT: an empty completion": sft(
         {"sft.data": "bad.jsonl"}, "row 1", "empty", row={"prompt": "a", "completion": ""}
     ),
+    "SFT: a prompt that is no text": sft(
+        {"sft.data": "bad.jsonl"}, "row 1", "prompt is list, not text",
+        row={"prompt": ["a", "b"], "completion": "c"},
+    ),
+    "SFT: a message without content": sft(
+        {"sft.data": "bad.jsonl"}, "row 1", "messages is no list of role and content objects",
+        row={"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "b"}]},
+    ),
     "SFT: a row that is too long": sft(
         {"sft.data": "bad.jsonl"}, "row 1", "max_tokens",
         row={"prompt": "a", "completion": "1" * 20},
@@ -560,6 +574,12 @@ REWARD_MODEL = {
     ),
     "reward model: nothing to normalise on": reward_model(
         {"training.normalise_on": "absent.jsonl"}, PAIR, "absent.jsonl", "no such file"
+    ),
+    "reward model: a GPU that is not there": reward_model(
+        {"device": "cuda"}, PAIR, "device: cuda", "no GPU", "set device=cpu"
+    ),
+    "reward model: a Ray, of which it has none": reward_model(
+        {"ray_address": "auto"}, PAIR, "unknown key ray_address"
     ),
     "reward model: an unknown key": reward_model(
         {"training.epoch": 1}, PAIR, "training.epoch", "did you mean epochs?"

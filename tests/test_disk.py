@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from actors.prompts import PromptStream
 from actors.trajectory import to_table
 from cluster import checkpoints, cli, disk
 from cluster.checkpoints import CheckpointFailed, newest_intact
 from cluster.config import BadInput, RunConfig
 from cluster.config_file import load_config
 from cluster.disk import check_disk, refusal_of
+from cluster.doctor import check_same_prompts
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
@@ -65,6 +67,9 @@ class FakeLearner:
         return path
 
 
+PROMPTS = [tiny.prompt(0), tiny.prompt(1)]
+
+
 class World:
     """A run of nine steps whose learner is a fake and whose disk is real."""
 
@@ -85,12 +90,12 @@ class World:
             supervisor=SimpleNamespace(  # type: ignore[arg-type]
                 buffer=TrajectoryBuffer(),
                 ledger=Ledger(prompts_per_step=4, max_staleness=0),
-                stream=SimpleNamespace(cursor=0),
+                stream=PromptStream(PROMPTS, seed=0, shuffle=True),
             ),
             learner=LearnerGroup([member], host, timeout_s=5),
             rewards=member,
             evaluation=None,
-            prompts=[],
+            prompts=PROMPTS,
             started=0.0,
         )
 
@@ -399,6 +404,18 @@ def test_other_errors_of_the_system_are_none(error: OSError) -> None:
 
 
 # ---- before anything begins
+
+
+async def test_a_checkpoint_says_of_which_prompts_it_is(world: World) -> None:
+    assert await world.save(3)
+    found, _ = newest_intact(world.files.folder)
+    assert found is not None
+    state = found.driver_state()
+    check_same_prompts(world.run.config, PROMPTS, state)
+    for others in (PROMPTS[::-1], PROMPTS[:1], [PROMPTS[0], tiny.prompt(1, ids=(2, 9))]):
+        with pytest.raises(BadInput, match=r"^prompts: .*prompts\.jsonl: .* are not those that"):
+            check_same_prompts(world.run.config, others, state)
+    check_same_prompts(world.run.config, PROMPTS[:1], {"cursor": 4})  # of before it was written
 
 
 def test_a_run_with_room_for_those_it_keeps_and_one_more_may_begin(tmp_path: Path) -> None:

@@ -215,7 +215,11 @@ def test_a_reward_model_of_another_vocabulary_may_read_text(
     scorer = {"kind": "reward_model", "path": str(path)}
     with pytest.raises(BadInput, match=r"^reward\.scorer: .* its tokenizer is not the policy's"):
         check_inputs(load({"reward.scorer": scorer}))
-    check_inputs(load({"reward.scorer": scorer | {"input": "text"}}))
+    reading_text = load({"reward.scorer": scorer | {"input": "text"}})
+    check_inputs(reading_text)
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"reward: no tokenizer\.json"):
+        check_inputs(reading_text)
 
 
 def test_each_part_of_a_sum_is_checked_and_named(load: Any, stranger: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from actors.prompts import load_tokenizer
 from learner.hf_folder import export_checkpoint, gather_weights, write_folder
+from reward_service.tokenizer import load_tokenizer
 from tests.learner_cases import (
     Case,
     batch_table,

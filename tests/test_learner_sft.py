@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.prompts import load_tokenizer
 from learner.config import LearnerConfig, OptimizerConfig, SFTConfig
 from learner.learner_spec import Rendezvous
 from learner.sft import SFTSpec, SFTWorker
-from learner.supervised import SupervisedBatch, SupervisedRows, load_supervised
+from learner.supervised_rows import SupervisedBatch, SupervisedRows, load_supervised
+from reward_service.tokenizer import load_tokenizer
 from tests.learner_cases import EOS, folders, hf_logprobs, mesh, run_ranks, write_tokenizer
 
 NUM_STEPS = 20
@@ -159,15 +159,26 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
 REFUSED = {
     "too long": ({"prompt": "a" * 9, "completion": "b"}, "row 2 has 11 tokens, max_tokens is 10"),
     "empty completion": ({"prompt": "a", "completion": ""}, "row 2: prompt or completion is empty"),
-    "no prompt": ({"completion": "b"}, "row 2: prompt or completion is empty"),
-    "null completion": (
-        {"prompt": "a", "completion": None},
-        "row 2: prompt or completion is empty",
+    "no prompt": ({"completion": "b"}, "row 2: prompt is NoneType, not text"),
+    "null completion": ({"prompt": "a", "completion": None}, "row 2: completion is NoneType, not"),
+    "a list of prompts": ({"prompt": ["a", "b"], "completion": "c"}, "row 2: prompt is list, not"),
+    "a number": ({"prompt": "a", "completion": 5}, "row 2: completion is int, not text"),
+    "half a surrogate pair": ({"prompt": "a\ud800", "completion": "b"}, "line 2 has half of a"),
+    "messages as text": ({"messages": json.dumps([USER, ASSISTANT])}, "row 2: messages is no list"),
+    "one message": ({"messages": USER}, "row 2: messages is no list of role and content"),
+    "null content": ({"messages": [{**USER, "content": None}, ASSISTANT]}, "row 2: messages is no"),
+    "content in parts": (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
+        "row 2: messages is no list of role and content objects",
+    ),
+    "an answer in parts": (
+        {"messages": [USER, {**ASSISTANT, "content": [{"type": "text", "text": "q"}]}]},
+        "row 2: messages is no list of role and content objects",
     ),
     "no answer": ({"messages": [USER]}, "row 2: messages must hold a context and end with the"),
     "no context": ({"messages": [ASSISTANT]}, "row 2: messages must hold a context and end with"),
     "user last": ({"messages": [ASSISTANT, USER]}, "row 2: messages must hold a context and end"),
-    "no messages": ({"messages": []}, "row 2: messages must hold a context and end with the"),
+    "no messages": ({"messages": []}, "row 2: messages is no list of role and content objects"),
     "empty answer": (
         {"messages": [USER, {**ASSISTANT, "content": ""}]},
         "row 2: prompt or completion is empty",
@@ -190,7 +201,7 @@ def test_messages_without_a_chat_template_are_refused_with_the_way_out(tmp_path)
     kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "chat_template"}
     settings.write_text(json.dumps(kept))
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [USER, ASSISTANT]}])
-    with pytest.raises(ValueError, match="no chat template; use prompt and completion columns"):
+    with pytest.raises(ValueError, match="no chat template; use texts"):
         load_supervised(path, load_tokenizer(tmp_path), 512)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import PromptsConfig
-from actors.prompts import PromptStream, load_prompts, load_tokenizer
+from actors.prompts import PromptStream, load_prompts
+from reward_service.tokenizer import load_tokenizer
 from tests import tiny
 
 ROOMY = 1000
@@ -79,7 +79,7 @@ def test_messages_without_a_chat_template_are_refused(tmp_path: Path, stranger: 
     path = tiny.write_jsonl(
         tmp_path / "p.jsonl", [{"messages": [{"role": "user", "content": "x"}]}]
     )
-    with pytest.raises(ValueError, match="row 1: has messages, but the tokenizer has no chat"):
+    with pytest.raises(ValueError, match="row 1: messages is a conversation, but the tokenizer"):
         load_prompts(PromptsConfig(path=path), load_tokenizer(stranger), ROOMY)
 
 
@@ -93,11 +93,19 @@ def test_messages_of_another_form_name_their_row(load: Any, messages: Any) -> No
     assert "row 2: messages" in said
 
 
+def test_half_of_a_surrogate_pair_is_no_text_and_a_whole_one_is(load: Any, tokenizer: Any) -> None:
+    (prompt,), _ = load([{"prompt": "🙂"}])
+    assert prompt.text == "🙂"
+    assert "line 2 has half of a surrogate pair" in refusal(
+        load, [{"prompt": "a"}, {"prompt": "\ud83d"}]
+    )
+
+
 def test_messages_that_the_template_refuses_name_their_row(tmp_path: Path, policy: Path) -> None:
     tokenizer = load_tokenizer(policy)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"messages": [{"role": "u", "content": "x"}]}])
-    with pytest.raises(ValueError, match=r"row 1: refused .*roles must alternate"):
+    with pytest.raises(ValueError, match=r"row 1: messages is refused .*roles must alternate"):
         load_prompts(PromptsConfig(path=path), tokenizer, ROOMY)
 
 
@@ -114,6 +122,24 @@ def test_answer_and_metadata_reach_the_scorer_as_text_and_object(load: Any) -> N
         ]
     )
     assert [(p.answer, p.metadata) for p in prompts] == [("42", {"k": [1]}), (None, {"k": 2})]
+
+
+def test_an_answer_that_is_missing_from_a_column_of_numbers_is_none(load: Any) -> None:
+    prompts, _ = load([{"prompt": "a", "answer": 1.5}, {"prompt": "b", "answer": float("nan")}])
+    assert [p.answer for p in prompts] == ["1.5", None]
+
+
+@pytest.mark.parametrize("answer", [["1", "2"], {"is": 1}, []])
+def test_an_answer_of_several_values_names_its_row(load: Any, answer: Any) -> None:
+    said = refusal(load, [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": answer}])
+    assert f"row 2: answer is {type(answer).__name__}, not text or a number" in said
+
+
+@pytest.mark.parametrize("metadata", [{"k": [float("nan")]}, '{"k": NaN}', '{"k": 1e999}'])
+def test_metadata_with_numbers_that_json_does_not_have_names_its_row(
+    load: Any, metadata: Any
+) -> None:
+    assert "row 1: metadata is not JSON" in refusal(load, [{"prompt": "a", "metadata": metadata}])
 
 
 @pytest.mark.parametrize("metadata", ["{not json", "[1, 2]", [1], 3])
@@ -150,12 +176,15 @@ def test_a_prompt_that_is_empty_or_no_text_names_its_row(load: Any, text: Any) -
 
 
 def test_a_prompt_of_which_the_tokenizer_leaves_nothing_names_its_row(tmp_path: Path) -> None:
-    def forgetful(text: str) -> Any:
-        return SimpleNamespace(input_ids=[] if text == "\u200b" else [1])
+    class Forgetful:
+        bos_token = None
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return SimpleNamespace(input_ids=[] if text == "\u200b" else [1])
 
     path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u200b"}])
     with pytest.raises(ValueError, match="row 2: the prompt has no tokens"):
-        load_prompts(PromptsConfig(path=path), forgetful, ROOMY)
+        load_prompts(PromptsConfig(path=path), Forgetful(), ROOMY)
 
 
 def test_a_prompt_too_long_is_refused_with_its_length_and_the_remedy(load: Any) -> None:
@@ -182,15 +211,6 @@ def test_the_lower_of_both_length_limits_holds(load: Any) -> None:
 def test_limit_takes_the_first_rows(load: Any) -> None:
     prompts, _ = load([{"prompt": c} for c in "abcd"], limit=2)
     assert [p.text for p in prompts] == ["a", "b"]
-
-
-def test_a_folder_without_a_readable_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path)
-    for broken in ("{", "{}", json.dumps({"model": {"type": "BPE"}})):
-        (tmp_path / "tokenizer.json").write_text(broken)
-        with pytest.raises(ValueError, match="tokenizer cannot be read"):
-            load_tokenizer(tmp_path)
 
 
 # ---- the stream

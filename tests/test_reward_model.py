@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -20,8 +20,12 @@ from transformers import (
 )
 
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
+from reward_service.chat import chat_prompt
 from reward_service.config import RewardModelScorerConfig
+from reward_service.pairs import read_reference
 from reward_service.reward_model import RewardModelScorer, length_batches
+from reward_service.tokenizer import load_tokenizer
+from tests import tiny
 
 PAD, EOS, VOCABULARY = 0, 1, 64
 
@@ -165,15 +169,57 @@ async def test_text_is_tokenised_by_the_models_own_tokenizer(folder: str) -> Non
     assert got == pytest.approx([direct(folder, one) for one in ids], abs=1e-5)
 
 
+def joining_tokenizer(folder: str) -> Any:
+    """One that begins each text with a token of its own, and joins letters across a prompt's end."""
+    vocabulary = {token: i for i, token in enumerate(["<bos>", "<eos>", *"abc?", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    named = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+async def test_text_is_cut_into_the_tokens_of_training(folder: str, tmp_path: Path) -> None:
+    tokenizer = joining_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}?"
+    )
+    asked = [{"role": "user", "content": "ca"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "ca", "completion": "b"},
+        {"prompt": asked, "completion": [{"role": "assistant", "content": "b"}]},
+    ]
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    trained_on = read_reference(path, tokenizer, 64)
+    assert trained_on == [[0, 4, 2, 3, 1], [0, 4, 2, 5, 3, 1]]
+    prompts = ["ca", chat_prompt("", asked, tokenizer)]
+    requests = [request(i, [60, 61, 62], prompt, "b") for i, prompt in enumerate(prompts)]
+    got = values(await scorer(folder, input="text").score(requests))
+    assert got == pytest.approx([direct(folder, ids) for ids in trained_on], abs=1e-5)
+
+
 @pytest.mark.parametrize("bad", [VOCABULARY, -1])
-async def test_ids_outside_the_vocabulary_are_refused(folder: str, bad: int) -> None:
-    with pytest.raises(ValueError, match=f"t0: token id {bad} .*vocabulary of {VOCABULARY}"):
-        await scorer(folder).score([request(0, [2, 3, bad])])
+async def test_ids_outside_the_vocabulary_have_no_score(folder: str, bad: int) -> None:
+    (result,) = await scorer(folder).score([request(0, [2, 3, bad])])
+    assert isinstance(result, ScoreFailure)
+    assert (result.trajectory_id, result.kind) == ("t0", "invalid")
+    assert f"token id {bad} is outside this model's vocabulary of {VOCABULARY}" in result.reason
+    assert result.reason.startswith(folder)
 
 
-async def test_more_tokens_than_positions_are_refused(folder: str) -> None:
-    with pytest.raises(ValueError, match="65 tokens"):
-        await scorer(folder).score([request(0, [2] * 65)])
+async def test_a_completion_that_cannot_be_embedded_fails_alone(folder: str) -> None:
+    good = requests(3)
+    bad = [request(7, [2] * 65), request(8, [2, 3, VOCABULARY]), request(9, [])]
+    asked = [bad[0], good[0], bad[1], good[1], good[2], bad[2]]
+    got = await scorer(folder).score(asked)
+    assert [result.trajectory_id for result in got] == [one.trajectory_id for one in asked]
+    failed = [result.reason for result in got if isinstance(result, ScoreFailure)]
+    for reason, said in zip(failed, ("65 tokens", "token id 64", "has no tokens"), strict=True):
+        assert said in reason
+    scored = [result for result in got if isinstance(result, ScoreResponse)]
+    assert scored == await scorer(folder).score(good)
 
 
 async def test_a_model_that_yields_nan_yields_no_score(folder: str) -> None:

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from actors.prompts import load_tokenizer
 from reward_service import reward_training
 from reward_service.api import ScoreRequest
 from reward_service.config import RewardTrainingConfig
 from reward_service.pairs import Pair, read_pairs
 from reward_service.reward_model import last_token_scores
 from reward_service.reward_training import backward, lr_factor, pairwise_loss, train
+from reward_service.tokenizer import load_tokenizer
 from tests.test_reward_model import EOS, scorer, tiny_language_model, tiny_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -138,11 +138,14 @@ def test_conversations_are_cut_before_the_reply_as_the_chat_template_has_them(
 @pytest.mark.parametrize(
     ("row", "refusal"),
     [
-        ({"chosen": [RIGHT], "rejected": [WRONG]}, "row 1: chosen with its prompt is no list of"),
+        (
+            {"chosen": [RIGHT], "rejected": [WRONG]},
+            "row 1: chosen with its prompt must hold a context",
+        ),
         ({"prompt": "a", "chosen": [RIGHT], "rejected": [WRONG]}, "row 1: chosen with its prompt"),
         (
             {"prompt": ASKED, "chosen": ASKED, "rejected": [WRONG]},
-            "row 1: chosen does not end with",
+            "row 1: chosen with its prompt must hold a context and end with",
         ),
         (
             {"chosen": [*ASKED, RIGHT], "rejected": [said("user", "two ?"), WRONG]},
@@ -194,7 +197,7 @@ def test_wrong_data_is_refused_in_one_line_before_the_model_is_loaded(
     for files in ({"pairs": str(bad)}, {"pairs": good, "held_out_pairs": str(bad)}):
         config = RewardTrainingConfig(max_tokens=40, **files)
         with pytest.raises(ValueError, match=said) as caught:
-            train(config, model=model, out=tmp_path / "rm", seed=0, progress=unused)
+            train(config, model=model, out=tmp_path / "rm", seed=0, device="cpu", progress=unused)
         assert str(bad) in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "rm").exists()
@@ -203,15 +206,24 @@ def test_wrong_data_is_refused_in_one_line_before_the_model_is_loaded(
 def test_a_model_folder_that_is_not_there_and_an_output_that_is_are_refused(tmp_path: Path) -> None:
     config = RewardTrainingConfig(pairs=write(tmp_path / "pairs.jsonl", [GOOD]))
     with pytest.raises(ValueError, match=r"no config\.json"):
-        train(config, model=str(tmp_path / "x"), out=tmp_path / "rm", seed=0, progress=unused)
+        train(
+            config,
+            model=str(tmp_path / "x"),
+            out=tmp_path / "rm",
+            seed=0,
+            device="cpu",
+            progress=unused,
+        )
     with pytest.raises(ValueError, match="exists already"):
-        train(config, model=str(tmp_path / "x"), out=tmp_path, seed=0, progress=unused)
+        train(
+            config, model=str(tmp_path / "x"), out=tmp_path, seed=0, device="cpu", progress=unused
+        )
 
 
 @pytest.fixture
 def random_model(tmp_path: Path) -> Any:
     path = tiny_language_model(tmp_path / "lm")
-    model = reward_training._with_zero_head(path, AutoTokenizer.from_pretrained(path))
+    model = reward_training._with_zero_head(path, load_tokenizer(path))
     torch.nn.init.normal_(model.score.weight)
     return model
 
@@ -249,7 +261,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path, monk
 
     monkeypatch.setattr(reward_training, "last_token_scores", nan_scores)
     with pytest.raises(FloatingPointError, match="step 1"):
-        train(config, model=model, out=tmp_path / "rm", seed=0, progress=lambda *a: seen.append(a))
+        train(
+            config,
+            model=model,
+            out=tmp_path / "rm",
+            seed=0,
+            device="cpu",
+            progress=lambda *a: seen.append(a),
+        )
     assert not seen
     assert not (tmp_path / "rm").exists()
 
@@ -263,7 +282,12 @@ def trained(tmp_path: Path, out: str, seed: int = 0, **changes: Any) -> tuple[di
     )
     model = tiny_language_model(tmp_path / "lm")
     metrics = train(
-        config, model=model, out=folder, seed=seed, progress=lambda *call: calls.append(call)
+        config,
+        model=model,
+        out=folder,
+        seed=seed,
+        device="cpu",
+        progress=lambda *call: calls.append(call),
     )
     return metrics, calls, folder
 
@@ -285,7 +309,7 @@ async def test_training_learns_and_its_folder_scores_with_mean_0_and_sd_1(tmp_pa
     assert metrics["seconds"] > 0
     assert [call[:2] for call in calls] == [(step, 15) for step in range(1, 16)]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     asked = [
         ScoreRequest(
             f"t{i}",
@@ -303,6 +327,21 @@ async def test_training_learns_and_its_folder_scores_with_mean_0_and_sd_1(tmp_pa
         assert torch.tensor(got).std(correction=0).item() == pytest.approx(1, abs=1e-4)
         right = sum(c > r for c, r in zip(got[::2], got[1::2], strict=True)) / len(held_out)
         assert right == pytest.approx(metrics["held_out_accuracy"])
+
+
+def test_training_is_on_the_device_that_it_is_given_whatever_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen: list[torch.device] = []
+
+    def watched(model: Any, *given: Any) -> Any:
+        seen.append(next(model.parameters()).device)
+        return backward(model, *given)
+
+    monkeypatch.setattr(reward_training, "backward", watched)
+    trained(tmp_path, "rm", epochs=1)
+    assert {device.type for device in seen} == {"cpu"}
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_other_ones(tmp_path: Path) -> None:

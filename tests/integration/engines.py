@@ -12,10 +12,10 @@ def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[..., Any]]:
     model in folder/model. CPU_ENGINE_ENV has to be set before: torch is imported here."""
     from actors.config import GeneratorsConfig
     from actors.generator import Generator
-    from actors.prompts import load_tokenizer
     from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
     from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
     from learner.learner_worker import LearnerWorker
+    from reward_service.tokenizer import load_tokenizer
     from tests.tiny import write_policy
 
     model = write_policy(folder / "model")
