@@ -18,6 +18,7 @@ from cluster.config import BadInput
 from cluster.fork_server import ForkServer
 from cluster.placement import Member, RoleFailed, ask
 from cluster.processes import kill_worker, stack_of
+from cluster.ray_folder import RayFolder
 
 PLACEMENT_TIMEOUT_S = 60.0
 NODE_TIMEOUT_S = 1.0
@@ -54,8 +55,9 @@ class RayHost:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
+        self._folder: RayFolder | None = None
         if own:
-            own_ray.start(ray, **common)
+            self._folder = own_ray.start(ray, **common)
         else:
             ray.init(address=address, **common)
         self._here: str = ray.get_runtime_context().get_node_id()
@@ -192,6 +194,9 @@ class RayHost:
 
     def close(self) -> None:
         self._ray.shutdown()
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
 
 @contextlib.contextmanager

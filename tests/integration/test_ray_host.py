@@ -7,6 +7,9 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,13 +128,35 @@ async def test_its_token_is_in_no_file_and_no_command_line(host: RayHost) -> Non
     assert not [path for path in written if token.encode() in path.read_bytes()]
 
 
+def test_no_other_user_can_enter_the_folder_of_its_sockets(host: RayHost) -> None:
+    sockets = Path(session(host)) / "sockets"
+    assert [path for path in sockets.iterdir() if path.is_socket()]
+    assert any(folder.stat().st_mode & 0o077 == 0 for folder in sockets.parents)
+
+
+def test_nothing_is_left_of_its_folder_when_it_is_closed() -> None:
+    code = (
+        "from pathlib import Path\nfrom cluster.ray_host import RayHost\n"
+        "host = RayHost('local', 'test')\nprint(host._folder.path, flush=True)\n"
+        "assert Path(host._folder.path).exists()\nhost.close()\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as base:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "RAY_TMPDIR": base},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()).is_relative_to(base)
+        assert not os.listdir(base)
+
+
 async def test_code_of_a_model_runs_below_an_actor_and_sees_nothing_of_it(host: RayHost) -> None:
     try:
         require_isolation()
     except IsolationMissing as error:
         pytest.skip(str(error))
     member = start(host, Programs)
-    code = "import os\nprint(dict(os.environ), os.listdir('/work'), os.path.exists('/tmp/ray'))"
+    code = "import os\nprint(dict(os.environ), os.listdir('/work'), os.path.exists('/tmp'))"
     said = await ask(member, member.handle.run, code, within=60)
     assert said.endswith("['main.py'] False\n")
     assert "RAY" not in said
