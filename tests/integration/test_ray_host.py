@@ -150,6 +150,39 @@ def test_nothing_is_left_of_its_folder_when_it_is_closed() -> None:
         assert not os.listdir(base)
 
 
+SCORES = """
+import asyncio
+from pathlib import Path
+from cluster.placement import ask
+from cluster.ray_host import RayHost
+from cluster.roles import RewardRole
+from reward_service.api import ScoreRequest
+from reward_service.config import RewardServiceConfig
+host = RayHost("local", "test")
+given = {"scorer": {"kind": "function", "function": "my_rewards:brevity"}}
+config = RewardServiceConfig.model_validate(given)
+member = host.start("reward", RewardRole, "reward", config, True, Path("reward.log"), env={})
+request = ScoreRequest("t0", "p", "c", (2,), (3, 1), "stop")
+print(asyncio.run(ask(member, member.handle.score, [request], within=60))[0].score)
+host.close()
+"""
+
+
+def test_an_actor_runs_nothing_of_the_current_folder_but_its_reward_function(
+    tmp_path: Path,
+) -> None:
+    for name in ("statistics", "colorsys", "pyarrow", "numpy", "pydantic"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a trap')\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "import statistics, sys\n\ndef brevity(asked):\n    return [2.0 for _ in asked]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCORES], cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "2.0\n", done.stderr
+
+
 async def test_code_of_a_model_runs_below_an_actor_and_sees_nothing_of_it(host: RayHost) -> None:
     try:
         require_isolation()
