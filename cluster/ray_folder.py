@@ -17,11 +17,11 @@ from pathlib import Path
 
 from cluster.config import BadInput
 
-PREFIX = "raylign-ray-"
+PREFIX = "raylign-"
 LOCK = "driver"  # as long as it is locked, the driver lives
 # The path of a Unix socket may have 107 characters; below the base Ray's longest one takes these.
 MAX_BASE = 107 - len(
-    f"/{PREFIX}12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+    f"/{PREFIX}12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 )
 
 
@@ -37,7 +37,7 @@ class RayFolder:
         self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         draft.rename(self._folder / LOCK)
-        self.path = str(self._folder / "ray")  # Ray opens what it is given to everybody
+        self.path = str(self._folder / "r")  # Ray opens what it is given to everybody
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -47,12 +47,16 @@ class RayFolder:
 def _base() -> str:
     given = (os.environ.get("RAY_TMPDIR"), "/tmp", tempfile.gettempdir())
     for base in (os.path.abspath(folder) for folder in given if folder):
-        if len(base) <= MAX_BASE and os.access(base, os.W_OK | os.X_OK):
+        if _is_fit(base):
             return base
     raise BadInput(
         f"RAY_TMPDIR: Ray's sockets need a folder that can be written to, with a path of {MAX_BASE} "
         "characters at most, and /tmp is none; set it to one"
     )
+
+
+def _is_fit(base: str) -> bool:
+    return len(base) <= MAX_BASE and os.access(base, os.W_OK | os.X_OK)
 
 
 def _sweep(base: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import ray_folder
 from cluster.config import BadInput
 from cluster.ray_folder import RayFolder
 
@@ -54,7 +55,7 @@ def test_only_its_user_can_enter_even_where_ray_opens_what_it_is_given(base: Pat
 def test_that_of_a_driver_that_was_killed_goes_and_that_of_a_living_one_stays(base: Path) -> None:
     driver, folder = made_by_another(base)
     RayFolder().remove()
-    assert (folder / "ray/a socket").exists()
+    assert (folder / "r/a socket").exists()
     driver.send_signal(signal.SIGKILL)
     driver.wait(10)
     RayFolder().remove()
@@ -62,20 +63,20 @@ def test_that_of_a_driver_that_was_killed_goes_and_that_of_a_living_one_stays(ba
 
 
 def test_folders_that_only_share_the_name_stay(base: Path) -> None:
-    (base / "raylign-ray-notes").mkdir()
-    (base / "raylign-ray-notes/kept").touch()
+    (base / "raylign-notes").mkdir()
+    (base / "raylign-notes/kept").touch()
     elsewhere = base / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "driver").touch()
-    (base / "raylign-ray-link").symlink_to(elsewhere)
+    (base / "raylign-link").symlink_to(elsewhere)
     RayFolder().remove()
-    assert (base / "raylign-ray-notes/kept").exists()
+    assert (base / "raylign-notes/kept").exists()
     assert (elsewhere / "driver").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's folder")
 def test_that_of_another_user_stays(base: Path) -> None:
-    theirs = base / "raylign-ray-theirs"
+    theirs = base / "raylign-theirs"
     theirs.mkdir()
     (theirs / "driver").touch()
     os.chown(theirs, 1234, 1234)
@@ -98,6 +99,6 @@ def test_a_socket_in_it_has_a_path_that_the_kernel_takes(monkeypatch: pytest.Mon
 def test_without_a_short_folder_that_can_be_written_to_the_fix_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(ray_folder, "_is_fit", lambda _: False)
     with pytest.raises(BadInput, match=r"RAY_TMPDIR.*set it"):
         RayFolder()
