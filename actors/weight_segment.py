@@ -15,7 +15,6 @@ import mmap
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -27,11 +26,12 @@ class SegmentInUse(Exception):
 
 
 class WrittenSegment:
-    """The writer's side, in every process that writes a share; one of them creates and locks it."""
+    """The writer's side, in every process that writes a share; one of them creates and locks it.
+    FileExistsError if there is one of that name."""
 
     def __init__(self, path: str, num_bytes: int, *, create: bool) -> None:
         if create:
-            Path(path).unlink(missing_ok=True)
+            # A file that is there is somebody else's: what reads it must not find other bytes.
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             # Not ftruncate: where shared memory is too small, that succeeds and a write kills us.
             os.posix_fallocate(self._file, 0, num_bytes)

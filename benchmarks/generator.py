@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -131,7 +132,7 @@ class System:
 
     async def open(self) -> None:
         await self._learner.start(self._folder)
-        segment = f"/dev/shm/raylign-{os.getpid()}-benchmark"
+        segment = f"/dev/shm/raylign-{secrets.token_hex(8)}-benchmark"
         await self.supervisor.group.agree_layout(await self._learner.prepare_publish(segment))
         await self._push()
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -105,7 +106,7 @@ def copying(num_bytes: int) -> Iterator[Any]:
     """A function that copies as many bytes, from private into shared memory, and says how long."""
     source = np.full(num_bytes, 1, np.uint8)
     target = WrittenSegment(
-        str(SHARED_MEMORY / f"raylign-{os.getpid()}-copy"), num_bytes, create=True
+        str(SHARED_MEMORY / f"raylign-{secrets.token_hex(8)}-copy"), num_bytes, create=True
     )
 
     def copy() -> float:
@@ -143,7 +144,7 @@ class Bench:
     async def start(self) -> int:
         """Bytes of a version."""
         await self.learner.start(self._folder)
-        stem = str(SHARED_MEMORY / f"raylign-{os.getpid()}-push") if self._mapped else None
+        stem = str(SHARED_MEMORY / f"raylign-{secrets.token_hex(8)}-push") if self._mapped else None
         self._layout = await self.learner.prepare_publish(stem)
         return self._layout.total_bytes
 

@@ -8,8 +8,6 @@ engines.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -95,8 +93,7 @@ async def _connect_weights(run: Run) -> None:
     members = [*(roster.members[slot] for slot in roster.present()), *run.learner.ranks]
     stem, old = None, None
     if SHARED_MEMORY.is_dir() and await run.host.same_machine(members):
-        _sweep_segments()
-        old = f"raylign-{os.getpid()}-{run.config.name}"
+        old = f"raylign-{run.token}-{run.config.name}"
         stem = str(SHARED_MEMORY / f"{old}.{run.learner.num_restarts}")
     await group.agree_layout(await run.learner.prepare_publish(stem))
     await run.publish(run.step)
@@ -110,14 +107,3 @@ def _say_started(run: Run, loaded: list[dict[str, Any]]) -> None:
     run.files.event(
         "run_started", step=run.step, parameters=loaded[0]["parameters"], device=loaded[0]["device"]
     )
-
-
-def _sweep_segments() -> None:
-    """Remove shared-memory segments of runs whose driver is gone (killed, so nobody cleaned up)."""
-    import psutil
-
-    for path in SHARED_MEMORY.glob("raylign-*-*"):
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            with contextlib.suppress(OSError):
-                path.unlink()

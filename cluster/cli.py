@@ -257,12 +257,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; failures become one line and an exit code."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to show
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    sys.path.insert(0, os.getcwd())  # the user's own modules, e.g. reward functions
+    _current_folder_last()
     home = os.environ.get("RAYLIGN_HOME", "")  # a job's code is elsewhere than its data and runs
     if os.path.isdir(home):
         os.chdir(home)
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(_guarded(lambda: app(words, prog_name=PROGRAM, standalone_mode=False)))
+
+
+def _current_folder_last() -> None:
+    """`python -m` looks for every module in the current folder first, whatever lies there. A reward function
+    may lie there, too: it is found as the last."""
+    here = os.getcwd()
+    if sys.path[0] in ("", here) and here != str(Path(__file__).resolve().parents[1]):
+        sys.path.append(sys.path.pop(0))
 
 
 def _guarded(command: Callable[[], Any]) -> int:

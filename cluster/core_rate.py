@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 MEASURE_S = 0.1
 TIMEOUT_S = 60.0
@@ -19,6 +20,7 @@ def core_rates(hidden: int, mlp: int, rows: list[int]) -> list[float]:
     done = subprocess.run(
         words,
         env={**os.environ, **ONE_THREAD},
+        cwd=Path(__file__).resolve().parents[1],  # `-m` looks for modules there, before all others
         capture_output=True,
         text=True,
         check=True,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster import ray_auth
+from cluster.ray_folder import RayFolder
 
 UNASKED = ("start_monitor", "start_log_monitor", "start_api_server")
 CONFIG = {
@@ -31,16 +32,23 @@ def prepare() -> None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
-def start(ray: Any, **options: Any) -> None:
-    """ray.init of a new Ray."""
-    with _without_the_unasked():
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            _system_config=CONFIG,
-            **options,
-        )
+def start(ray: Any, **options: Any) -> RayFolder:
+    """ray.init of a new Ray. The folder is to be removed when it has ended."""
+    folder = RayFolder()
+    try:
+        with _without_the_unasked():
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder.path,
+                include_dashboard=False,
+                _system_config=CONFIG,
+                **options,
+            )
+    except BaseException:
+        folder.remove()
+        raise
+    return folder
 
 
 @contextlib.contextmanager

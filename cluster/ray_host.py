@@ -18,6 +18,7 @@ from cluster.config import BadInput
 from cluster.fork_server import ForkServer
 from cluster.placement import Member, RoleFailed, ask
 from cluster.processes import kill_worker, stack_of
+from cluster.ray_folder import RayFolder
 
 PLACEMENT_TIMEOUT_S = 60.0
 NODE_TIMEOUT_S = 1.0
@@ -54,8 +55,11 @@ class RayHost:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
+        if not address.startswith("ray://"):
+            common["job_config"] = _without_this_folder(ray)
+        self._folder: RayFolder | None = None
         if own:
-            own_ray.start(ray, **common)
+            self._folder = own_ray.start(ray, **common)
         else:
             ray.init(address=address, **common)
         self._here: str = ray.get_runtime_context().get_node_id()
@@ -192,6 +196,9 @@ class RayHost:
 
     def close(self) -> None:
         self._ray.shutdown()
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
 
 @contextlib.contextmanager
@@ -254,10 +261,19 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 def _python_path() -> str:
-    """Actors import what this process imports, wherever their raylet was started."""
+    """Actors import what this process imports, wherever their raylet was started; but the current folder
+    they come to only for a reward function, after everything else."""
     code = Path(__file__).resolve().parents[1]
-    paths = [str(code), os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(code), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.pathsep.join(dict.fromkeys(filter(None, paths)))
+
+
+def _without_this_folder(ray: Any) -> Any:
+    """Ray would put the current folder before all others that its workers import from, unless they have a
+    working directory of their own."""
+    job = ray.job_config.JobConfig()
+    job._runtime_env_has_working_dir = lambda: True
+    return job
 
 
 def _probe(address: str) -> None:

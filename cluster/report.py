@@ -1,7 +1,8 @@
 """`raylign report RUN`: one HTML page about a run, without a single outside resource.
 
 It shows what the run has: a stage without evaluation or a run that is still going on has fewer
-sections. All text from the run is escaped, completions above all: a model wrote them.
+sections. All text from the run is escaped and without secrets, completions above all: a model
+wrote them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from cluster import report_charts as charts
 from cluster.live_view import duration
 from cluster.metrics import METRICS, metric
-from cluster.redaction import printable
+from cluster.redaction import escaped
 from cluster.report_charts import Series, number
 from cluster.report_layout import BANDS, SECTIONS, STYLE, TILES, Tile
 from cluster.run_status import (
@@ -38,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     path = run.run_dir / "report.html"
     draft = path.with_suffix(".tmp")
-    draft.write_text(printable(_page(run)), encoding="utf-8")
+    draft.write_text(_page(run), encoding="utf-8")
     draft.replace(path)
     return path
 
@@ -60,7 +60,7 @@ def _page(run: RunRecord) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(_name(run))} - raylign</title><style>{STYLE}{charts.STYLE}</style></head>"
+        f"<title>{escaped(_name(run))} - raylign</title><style>{STYLE}{charts.STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -79,9 +79,9 @@ def _header(run: RunRecord) -> str:
         about.append(time.strftime("%Y-%m-%d %H:%M", time.localtime(run.status["updated_at"])))
     error = run.status.get("error")
     return (
-        f'<header><h1>{escape(_name(run))}</h1><span class="state {escape(run.state)}">'
-        f"{escape(run.state)}</span><p>{escape(', '.join(about))}</p></header>"
-        + (f'<p class="error">{escape(str(error))}</p>' if error else "")
+        f'<header><h1>{escaped(_name(run))}</h1><span class="state {escaped(run.state)}">'
+        f"{escaped(run.state)}</span><p>{escaped(', '.join(about))}</p></header>"
+        + (f'<p class="error">{escaped(str(error))}</p>' if error else "")
     )
 
 
@@ -114,8 +114,8 @@ def _tile(label: str, value: str, note: str = "") -> str:
 def _steps(run: RunRecord) -> str:
     done = run.summary.get("steps", run.metrics[-1]["step"] if run.metrics else 0)
     planned = run.status.get("num_steps")
-    more = f"<em> / {escape(str(planned))}</em>" if planned else ""
-    return escape(str(done)) + more
+    more = f"<em> / {escaped(str(planned))}</em>" if planned else ""
+    return escaped(str(done)) + more
 
 
 def _elapsed(run: RunRecord) -> str:
@@ -215,9 +215,9 @@ def _sample(index: int, sample: Mapping[str, Any]) -> str:
     for side in ("before", "after"):
         judge = sample.get(f"judge_{side}")
         score = f"<b>judge {number(judge)}</b>" if judge is not None else ""
-        text = escape(str(sample.get(side, ""))) or '<span class="none">(empty)</span>'
+        text = escaped(str(sample.get(side, ""))) or '<span class="none">(empty)</span>'
         sides.append(f'<div><h4>{side}{score}</h4><div class="text">{text}</div></div>')
-    prompt = escape(str(sample.get("prompt", "")))
+    prompt = escaped(str(sample.get("prompt", "")))
     return (
         f'<article class="card sample"><h3>Prompt {index}</h3>'
         f'<div class="prompt text">{prompt}</div><div class="pair">{"".join(sides)}</div></article>'
@@ -235,7 +235,7 @@ def _timing(run: RunRecord) -> str:
     bars = {"the command": timing, **run.summary.get("roles", {})}
     colors = {name: i for i, name in enumerate(dict.fromkeys(chain(*bars.values())))}
     drawn = [
-        f"<h3>{escape(title)}</h3>{charts.stacked_bar(parts, colors)}"
+        f"<h3>{escaped(title)}</h3>{charts.stacked_bar(parts, colors)}"
         for title, seconds in bars.items()
         if (parts := [(name, spent) for name, spent in seconds.items() if spent > 0])
     ]
@@ -264,7 +264,7 @@ def _happened(run: RunRecord) -> str:
     return (
         f'<h2>Events</h2><div class="two"><div class="card scroll">{events}'
         f'<p class="pad none">and {pushes} weight sets published</p></div>'
-        f'<div class="card scroll"><p class="pad"><b>Dropped samples:</b> {escape(reasons)}</p>'
+        f'<div class="card scroll"><p class="pad"><b>Dropped samples:</b> {escaped(reasons)}</p>'
         f"{table}</div></div>"
     )
 
@@ -272,11 +272,11 @@ def _happened(run: RunRecord) -> str:
 def _table(
     head: Iterable[str], rows: Iterable[Iterable[Any]], styles: list[str] | None = None
 ) -> str:
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
+    titles = "".join(f"<th>{escaped(title)}</th>" for title in head)
     body = ""
     for i, row in enumerate(rows):
-        style = f' class="{escape(styles[i])}"' if styles else ""
-        cells = "".join(f"<td>{escape('-' if x is None else str(x))}</td>" for x in row)
+        style = f' class="{escaped(styles[i])}"' if styles else ""
+        cells = "".join(f"<td>{escaped('-' if x is None else str(x))}</td>" for x in row)
         body += f"<tr{style}>{cells}</tr>"
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -284,4 +284,4 @@ def _table(
 def _details(title: str, text: str) -> str:
     if not text:
         return ""
-    return f'<details class="card"><summary>{title}</summary><pre>{escape(text)}</pre></details>'
+    return f'<details class="card"><summary>{title}</summary><pre>{escaped(text)}</pre></details>'

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
+
+from cluster.redaction import escaped
 
 WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 34
@@ -121,7 +122,7 @@ def _axes(frame: Frame, x_label: str) -> str:
     ]
     axis = f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
     middle = (left + right) / 2
-    name = f'<text class="tick mid" x="{middle}" y="{HEIGHT - 3}">{escape(x_label)}</text>'
+    name = f'<text class="tick mid" x="{middle}" y="{HEIGHT - 3}">{escaped(x_label)}</text>'
     return "".join([*rows, *columns, axis, name])
 
 
@@ -162,7 +163,7 @@ def _hover(series: Sequence[Series], frame: Frame) -> str:
         marks = "".join(f'<circle cx="{frame.x(x)}" cy="{frame.y(y)}" r="3"/>' for _, y in at[x])
         strips.append(
             f'<g class="at"><rect x="{frame.x(x) - half:.1f}" y="{TOP}" width="{2 * half:.1f}" '
-            f'height="{HEIGHT - TOP - BOTTOM}"/>{marks}<title>{escape(text)}</title></g>'
+            f'height="{HEIGHT - TOP - BOTTOM}"/>{marks}<title>{escaped(text)}</title></g>'
         )
     return "".join(strips)
 
@@ -220,12 +221,12 @@ def stacked_bar(parts: Sequence[tuple[str, float]], colors: Mapping[str, int]) -
     for label, seconds in parts:
         color = colors[label]
         share = seconds / total
-        text = f"{escape(label)}: {number(seconds)} s ({share:.0%})"
+        text = f"{escaped(label)}: {number(seconds)} s ({share:.0%})"
         pieces.append(
             f'<span class="c{color % COLORS}" style="flex-grow:{share:.4f}" title="{text}"></span>'
         )
         legend.append(
-            f'<li><i class="c{color % COLORS}"></i>{escape(label)}'
+            f'<li><i class="c{color % COLORS}"></i>{escaped(label)}'
             f"<b>{number(seconds)} s</b><small>{share:.0%}</small></li>"
         )
     return f'<div class="stack">{"".join(pieces)}</div><ul class="parts">{"".join(legend)}</ul>'
@@ -234,15 +235,17 @@ def stacked_bar(parts: Sequence[tuple[str, float]], colors: Mapping[str, int]) -
 def _legend(labels: Sequence[str]) -> str:
     if len(labels) < 2:
         return ""
-    items = (f'<span><i class="c{i % COLORS}"></i>{escape(x)}</span>' for i, x in enumerate(labels))
+    items = (
+        f'<span><i class="c{i % COLORS}"></i>{escaped(x)}</span>' for i, x in enumerate(labels)
+    )
     return f'<div class="legend">{"".join(items)}</div>'
 
 
 def _figure(title: str, note: str, last: str, legend: str, drawing: str) -> str:
     return (
-        f'<figure class="card"><figcaption><h3>{escape(title)}<b>{escape(last)}</b></h3>'
-        f'<p title="{escape(note)}">{escape(note)}</p></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<figure class="card"><figcaption><h3>{escaped(title)}<b>{escaped(last)}</b></h3>'
+        f'<p title="{escaped(note)}">{escaped(note)}</p></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(title)}">'
         f"{drawing}</svg>{legend}</figure>"
     )
 

@@ -25,7 +25,7 @@ from actors.rollout_worker import RolloutWorker, Scoring
 from actors.trajectory import Key, select, to_table
 from actors.weight_update import WeightLayout, WeightUpdate
 from cluster.placement import DEATHS, LOST_ANSWERS, RoleFailed
-from cluster.redaction import printable
+from cluster.redaction import hide_tokens, printable
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from reward_service.api import ScoreRequest
 from reward_service.client import RewardClient
@@ -58,6 +58,7 @@ class RolloutRole(RolloutWorker):
 
     def __init__(self, spec: RolloutSpec, rewards: Any) -> None:
         settle_in(spec.log_file)
+        hide_tokens(spec.reward.scorer)
         from actors.generator import Generator
         from reward_service.tokenizer import load_tokenizer
 
@@ -143,6 +144,7 @@ class RewardRole(RewardService):
         self, name: str, config: RewardServiceConfig, merge_calls: bool, log_file: Path
     ) -> None:
         settle_in(log_file)
+        hide_tokens(config.scorer)
         if _is_actor():  # nobody would see what a reward function prints
             sys.stdout = sys.stderr = _Printed(log_file)
         self._name = name

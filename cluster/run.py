@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from dataclasses import dataclass, field
 
@@ -41,6 +42,8 @@ class Run:
     started: float  # unix time of the command
     checkpoint_bytes: int = 0  # estimate of the first one
     num_too_long: int = 0  # prompts that were dropped before the first step
+    # Of this driver alone: in shared memory the names of others' segments may lie, of other containers too.
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     stopped_by: int | None = None  # the signal's number
     stop_asked_at: float = 0.0  # time.monotonic

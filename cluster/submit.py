@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.config import BadInput, RunConfig
 from cluster.stop import ENDING_S
 
-EXCLUDES = ["runs/", "data/", ".venv/", "*.log", ".env"]
+EXCLUDES = ["runs/", "data/", ".venv/", "*.log", ".env", ".env.*"]
 
 
 def submit_job(

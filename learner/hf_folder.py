@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -18,7 +19,14 @@ from torch.distributed.tensor import DTensor
 from learner.policy import PolicyModel
 from learner.weight_publisher import PREFIX
 
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".index.json")
+# What of a model's folder belongs to another one's weights. Not its old weights of any kind, no code, and
+# not what happens to lie there.
+COPIED = (
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.json",
+    "chat_template.jinja", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*",
+)  # fmt: skip
+NAMES_CODE = "auto_map"  # a key that tells loaders of Python files in the folder
 
 
 def gather_weights(policy: PolicyModel) -> dict[str, Tensor]:
@@ -35,13 +43,15 @@ def gather_weights(policy: PolicyModel) -> dict[str, Tensor]:
 
 
 def write_folder(weights: Mapping[str, Tensor], source: str, out: Path) -> None:
-    """`weights` with the config and tokenizer of the folder `source`; appears whole or not at all."""
+    """`weights` with config, tokenizer and licence of the folder `source`; appears whole or not at all."""
     aside = out.with_name(out.name + f".{os.getpid()}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for path in sorted(Path(source).iterdir()):
-        if path.is_file() and not path.name.endswith(NOT_COPIED):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in COPIED):
             shutil.copy2(path, aside / path.name)
+    for path in aside.glob("*.json"):
+        _leave_out_code(path)
     _name_dtype(
         aside / "config.json", {str(t.dtype).removeprefix("torch.") for t in weights.values()}
     )
@@ -49,6 +59,12 @@ def write_folder(weights: Mapping[str, Tensor], source: str, out: Path) -> None:
     save_file(contiguous, str(aside / "model.safetensors"), metadata={"format": "pt"})
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
+
+
+def _leave_out_code(path: Path) -> None:
+    tree = json.loads(path.read_text())
+    if isinstance(tree, dict) and tree.pop(NAMES_CODE, None) is not None:
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
 
 
 def _name_dtype(path: Path, dtypes: set[str]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from actors import weight_delta
+from actors.segment_owner import SegmentOwner, segments_of
 from actors.weight_segment import WrittenSegment
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner.policy import PolicyModel
@@ -42,6 +43,7 @@ class WeightPublisher:
         self._delta = delta
         self._turn = 0
         self._last: WeightUpdate | None = None  # without its payload
+        self._owner: SegmentOwner | None = None  # on rank 0, of segments
         self._segments = self._create(segment) if segment is not None else []
         self._images = [one.data for one in self._segments] or self._private(2 if delta else 1)
         mapped = bool(self._segments)
@@ -90,6 +92,9 @@ class WeightPublisher:
             if self._rank == 0:
                 segment.remove()
         self._segments, self._images = [], []
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
 
     # ---- where to write
 
@@ -106,12 +111,15 @@ class WeightPublisher:
             yield
 
     def _create(self, stem: str) -> list[WrittenSegment]:
-        def made(turn: int) -> WrittenSegment:
-            return WrittenSegment(f"{stem}-{turn}", self.layout.total_bytes, create=self._rank == 0)
+        def made() -> list[WrittenSegment]:
+            num_bytes, create = self.layout.total_bytes, self._rank == 0
+            return [WrittenSegment(path, num_bytes, create=create) for path in segments_of(stem)]
 
-        first = [made(turn) for turn in (0, 1)] if self._rank == 0 else []
+        if self._rank == 0:
+            self._owner = SegmentOwner(stem)
+        first = made() if self._rank == 0 else []
         dist.barrier()  # they are there
-        return first or [made(turn) for turn in (0, 1)]
+        return first or made()
 
     def _private(self, count: int) -> list[np.ndarray]:
         num_bytes = self.layout.total_bytes if self._rank == 0 else 0

@@ -49,7 +49,7 @@ class HttpScorer:
             limit = self._config.timeout_s
             raise ScoreTimeout(f"{self._where}: no answer within {limit:g} s") from error
         except aiohttp.ClientError as error:
-            raise ScorerRaised(f"{self._where}: {one_line(error)}") from error
+            raise ScorerRaised(f"{self._where}: {_without_answer(error)}") from None
         return self._decode(requests, answer)
 
     async def close(self) -> None:
@@ -158,6 +158,14 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _without_answer(error: aiohttp.ClientError) -> str:
+    """What is said of it. Only this machine's own errors are quoted: others repeat what was sent."""
+    if isinstance(error, OSError):
+        return one_line(error)
+    status = f" (status {error.status})" if isinstance(error, aiohttp.ClientResponseError) else ""
+    return f"no whole, valid answer: {type(error).__name__}{status}"
 
 
 def _token(variable: str) -> str:

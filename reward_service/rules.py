@@ -153,7 +153,9 @@ def load_function(spec: str) -> Callable[[list[ScoreRequest]], Any]:
     """`module:function` -> the function; also from the current directory. Raises ValueError."""
     module_name, _, name = spec.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does; the console script does not
+        sys.path.append(
+            os.getcwd()
+        )  # not before libraries: a file there may be called as one of theirs
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

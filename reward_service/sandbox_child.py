@@ -38,16 +38,20 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 CAPSET, CAPABILITY_VERSION_3, LAST_CAPABILITY = 126, 0x20080522, 40
 
-# System calls (x86-64) that code has no use for here, and that kernels had most of their holes in.
+# System calls (x86-64) that code has no use for here: those that kernels had most of their holes in, and
+# those that give memory which no limit of a process counts.
 DENIED = {
     "socket": 41, "ptrace": 101, "pivot_root": 155, "chroot": 161, "mount": 165, "umount2": 166,
     "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298,
     "name_to_handle_at": 303, "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310,
     "process_vm_writev": 311, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425,
     "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "pidfd_getfd": 438,
-    "mount_setattr": 442,
+    "mount_setattr": 442, "shmget": 29, "shmat": 30, "shmctl": 31, "shmdt": 67, "semget": 64,
+    "semop": 65, "semctl": 66, "semtimedop": 220, "msgget": 68, "msgsnd": 69, "msgrcv": 70,
+    "msgctl": 71, "mq_open": 240, "memfd_create": 319,
 }  # fmt: skip
 CLONE, CLONE3, X32 = 56, 435, 0x40000000
+SOCKETPAIR, AF_UNIX = 53, 1  # asyncio starts with a pair of them
 EPERM, ENOSYS = 1, 38
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -141,7 +145,7 @@ def confine(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int, file
 def _filter_system_calls() -> None:
     load, jump_equal, jump_above, jump_bits, end = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000  # refuse | errno
-    number, architecture, flags = 0, 4, 16  # offsets in struct seccomp_data
+    number, architecture, first = 0, 4, 16  # offsets in struct seccomp_data
     program = [
         (load, 0, 0, architecture), (jump_equal, 1, 0, 0xC000003E), (end, 0, 0, kill),
         (load, 0, 0, number), (jump_above, 0, 1, X32), (end, 0, 0, kill),
@@ -152,7 +156,9 @@ def _filter_system_calls() -> None:
         program += [(jump_equal, 0, 1, denied), (end, 0, 0, refuse | EPERM)]
     namespaces = sum(NEW_NAMESPACES.values())
     program += [
-        (jump_equal, 0, 3, CLONE), (load, 0, 0, flags), (jump_bits, 0, 1, namespaces),
+        (jump_equal, 0, 4, SOCKETPAIR), (load, 0, 0, first), (jump_equal, 0, 1, AF_UNIX),
+        (end, 0, 0, allow), (end, 0, 0, refuse | EPERM),
+        (jump_equal, 0, 3, CLONE), (load, 0, 0, first), (jump_bits, 0, 1, namespaces),
         (end, 0, 0, refuse | EPERM), (end, 0, 0, allow),
     ]  # fmt: skip
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))

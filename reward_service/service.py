@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reward_service.api import (
+    MAX_PARTS,
+    InvalidScore,
     RewardFailure,
     ScoreFailure,
     Scorer,
@@ -84,6 +86,7 @@ class RewardService:
         self._cut: deque[list[_Waiting]] = deque()  # not merge_calls: cut on arrival
         self._running: dict[asyncio.Task[None], list[_Waiting]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._part_names: set[str] = set()  # each is a metric for ever
         self._counts: Counter[str] = Counter()
         self._busy_s, self._busy_since = 0.0, 0.0
         self._closed = False
@@ -190,9 +193,21 @@ class RewardService:
         self._settle(batch, [ScoreFailure.of(w.request.trajectory_id, error) for w in batch])
 
     def _settle(self, batch: list[_Waiting], results: Sequence[ScoreResult]) -> None:
-        for waiting, result in zip(batch, results, strict=True):
+        for waiting, result in zip(batch, map(self._with_known_parts, results), strict=True):
             self._counts["scored" if isinstance(result, ScoreResponse) else result.kind] += 1
             waiting.settle(result)
+
+    def _with_known_parts(self, result: ScoreResult) -> ScoreResult:
+        """A failure instead, if its parts would be more names than a run may have."""
+        if isinstance(result, ScoreFailure):
+            return result
+        new = [name for name in result.parts if name not in self._part_names]
+        if len(self._part_names) + len(new) > MAX_PARTS:
+            said = f"{result.trajectory_id}: {new[0]!r:.80} is one name of a part too many, above {MAX_PARTS}"
+            error = InvalidScore(f"{said} in a run; name the parts of all scores alike")
+            return ScoreFailure.of(result.trajectory_id, error)
+        self._part_names.update(new)
+        return result
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]

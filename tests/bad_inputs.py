@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ from typing import Any
 import pytest
 
 from actors.prompts import digest_of
-from cluster import checkpoints, cli, hosting, ray_auth, ray_host, versions
+from cluster import (
+    checkpoints,
+    cli,
+    hosting,
+    own_ray,
+    ray_auth,
+    ray_folder,
+    ray_host,
+    versions,
+)
 from tests import tiny
 from tests.bad_configs import CASES, Case, World, configured
 
@@ -42,13 +52,16 @@ class Outcome:
 
 
 def raylign(*words: str) -> Outcome:
-    """A command, in this process."""
+    """A command, in this process. What it adds to the places of modules would be in the next one's way."""
+    places = [*sys.path]
     out, err, started, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             cli.main(list(words))
         except SystemExit as ended:
             code = int(ended.code or 0)
+        finally:
+            sys.path[:] = places
     return Outcome(code, out.getvalue(), err.getvalue(), time.monotonic() - started)
 
 
@@ -113,6 +126,14 @@ def with_a_ray_that_wants_a_token(world: World, patch: pytest.MonkeyPatch) -> li
     patch.setattr(ray_host, "_probe", lambda address: None)
     patch.setattr(ray_auth, "_refuses", lambda address, token: True)
     return with_the_real_ray(world, patch)
+
+
+def with_no_folder_for_sockets(world: World, patch: pytest.MonkeyPatch) -> list[str]:
+    """It refuses before ray.init, too."""
+    patch.setattr(hosting, "RayHost", ray_host.RayHost)
+    patch.setattr(own_ray, "prepare", lambda: None)
+    patch.setattr(ray_folder, "_is_fit", lambda base: False)
+    return ["train", run_config(world, {})]
 
 
 def with_few_gpus(world: World, patch: pytest.MonkeyPatch) -> list[str]:
@@ -236,6 +257,9 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
     "a Ray that is not there": Kind(with_the_real_ray, ("ray_address", "nothing answers")),
     "a Ray that wants a token": Kind(
         with_a_ray_that_wants_a_token, ("ray_address", "wants a token", "RAY_AUTH_TOKEN_PATH")
+    ),
+    "no folder for the sockets of a Ray of our own": Kind(
+        with_no_folder_for_sockets, ("RAY_TMPDIR", "characters at most", "set it to one")
     ),
     "more GPUs than there are": Kind(
         with_few_gpus, ("5 GPUs", "4 for generators", "the cluster has 1", "lower the counts")

@@ -17,6 +17,7 @@ from cluster.config_file import load_config
 from cluster.gpus import gpus_of
 from cluster.metrics import METRICS, gauge_name
 from cluster.stop import ENDING_S
+from cluster.submit import EXCLUDES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster/deploy"
@@ -51,6 +52,14 @@ def test_the_job_runs_a_command_there_is(job: dict[str, Any]) -> None:
     train = get_command(app).commands["train"]  # type: ignore[attr-defined]
     options = {option for parameter in train.params for option in parameter.opts}
     assert set(re.findall(r"--[\w-]+", job["entrypoint"])) <= options
+
+
+def test_the_image_has_no_more_of_the_folder_than_a_job_is_sent() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = {line.removeprefix("**/") for line in lines}
+    assert {".git", *(name.rstrip("/") for name in EXCLUDES)} <= ignored
+    for line in (ROOT / ".gitignore").read_text().splitlines():
+        assert line.rstrip("/") in ignored, line
 
 
 def test_the_cluster_has_the_gpus_that_the_job_asks_for(

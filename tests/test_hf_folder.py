@@ -125,6 +125,30 @@ def test_a_folder_carries_the_tokenizer_and_nothing_of_the_old_weights(tmp_path)
     assert tokenizer.chat_template
 
 
+def test_code_pickles_and_whatever_else_lies_in_a_folder_stay_there(tmp_path):
+    source = shutil.copytree(folders().policy, tmp_path / "source")
+    stay = {
+        "tf_model.h5", "flax_model.msgpack", "model.gguf", "model.ckpt", "training_args.pkl", ".env",
+        "modeling_own.py", "tokenization_own.py", "tokenizer_own.py", "optimizer.pth", "notes.txt",
+    }  # fmt: skip
+    go = {"LICENSE", "LICENSE.txt", "NOTICE", "tokenizer.model", "vocab.txt", "chat_template.jinja"}
+    for name in stay | go:
+        (source / name).write_text("from the source")
+    for name in ("config.json", "tokenizer_config.json"):
+        tree = json.loads((source / name).read_text())
+        (source / name).write_text(
+            json.dumps({**tree, "auto_map": {"AutoModel": "modeling_own.M"}})
+        )
+    write_folder(tensors_in(source), str(source), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & stay
+    assert names >= go
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "auto_map" not in path.read_text(), path
+    kept = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert kept == json.loads((Path(folders().policy) / "tokenizer_config.json").read_text())
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     """Whatever fails on the way, the old one stays until the new one is complete."""
     weights = tensors_in(Path(folders().policy))

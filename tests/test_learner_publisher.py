@@ -208,7 +208,9 @@ def test_two_segments_take_turns_and_none_is_left_behind(runs):
     run = runs["tied float32", True]
     segments = [version["update"].segment for version in run["versions"]]
     assert segments[0] == segments[2] != segments[1]
-    assert sorted(Path(segment).name for segment in set(segments)) == run["files"]
+    *files, owner = run["files"]
+    assert sorted(Path(segment).name for segment in set(segments)) == files
+    assert owner.endswith("-owner")
     assert run["left"] == []
 
 

@@ -131,6 +131,17 @@ def page(run: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
+def test_a_secret_that_html_writes_otherwise_is_hidden_and_the_page_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "abc&def<ghi>12345")
+    run = make_run(tmp_path, text="the hub said: abc&def<ghi>12345, Bearer abcdefgh")
+    page = Page(write_report(run).read_text())
+    assert "the hub said: ***" in page.text
+    assert "def<ghi" not in page.text
+    assert "abcdefgh" not in page.text
+
+
 def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     write_summary(run, samples=[{"prompt": "Why?", "before": "Eh.", "after": "Because.",

@@ -196,6 +196,36 @@ async def test_the_token_is_sent_and_stands_in_no_message(monkeypatch) -> None:
         assert secret not in repr(scorer)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nbad header %s\r\n\r\n",
+        b"HTTP/9.9 %s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
+        b"HTTP/1.1 200 %s\r\nX: y\r\n",
+    ],
+)
+async def test_what_is_no_http_is_not_quoted(answer: bytes, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        (token,) = [line for line in head.split(b"\r\n") if line.startswith(b"Authorization")]
+        writer.write(answer % token)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(reply, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    scorer = HttpScorer(HttpScorerConfig(kind="http", url=url, token_env="JUDGE_TOKEN"))
+    with pytest.raises(ScorerRaised, match="no whole, valid answer: ") as caught:
+        await scorer.score(requests(1))
+    await scorer.close()
+    server.close()
+    assert TOKEN not in str(caught.value)
+    assert "Bearer" not in str(caught.value)
+
+
 async def test_nobody_listening_is_a_typed_failure() -> None:
     async with endpoint(replying(rows(1.0))) as scorer:
         pass

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from reward_service.api import ScoreFailure, ScoreRequest, ScoreResponse
+from reward_service.api import MAX_PARTS, ScoreFailure, ScoreRequest, ScoreResponse
 from reward_service.config import RewardServiceConfig
 from reward_service.service import RewardService, build_scorer
 
@@ -51,6 +51,29 @@ def requests(*numbers: int) -> list[ScoreRequest]:
 def config(**changes: object) -> RewardServiceConfig:
     scorer = {"kind": "function", "function": f"{__name__}:recording"}
     return RewardServiceConfig.model_validate({"scorer": scorer, "max_wait_s": 0.05} | changes)
+
+
+async def naming_each_anew(asked: list[ScoreRequest]) -> list[dict[str, object]]:
+    return [{"score": 1.0, "parts": {f"of {r.trajectory_id}": 1.0, "style": 2.0}} for r in asked]
+
+
+async def test_names_of_parts_have_a_bound_over_all_scores() -> None:
+    scorer = {"kind": "function", "function": f"{__name__}:naming_each_anew"}
+    service = RewardService(config(scorer=scorer, max_wait_s=0))
+    scored = [
+        result
+        for i in range(3)
+        for result in await service.score(requests(*range(40 * i, 40 * i + 40)))
+    ]
+    good = [result for result in scored if isinstance(result, ScoreResponse)]
+    assert len({name for result in good for name in result.parts}) == MAX_PARTS
+    bad = [result for result in scored if isinstance(result, ScoreFailure)]
+    assert len(bad) == 120 - (MAX_PARTS - 1)
+    assert {failure.kind for failure in bad} == {"invalid"}
+    assert "'of t99' is one name" in bad[0].reason
+    (again,) = await service.score(requests(3))  # a name that is known
+    assert isinstance(again, ScoreResponse)
+    await service.close()
 
 
 async def test_results_come_in_the_order_of_the_requests_whatever_the_batches() -> None:

@@ -185,6 +185,53 @@ async def test_it_gets_no_more_memory_than_its_limit() -> None:
     assert "MemoryError" in done.stderr
 
 
+SEGMENTS = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype, libc.shmdt.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+kept, size = 0, 64 << 20
+for _ in range(8):
+    segment = libc.shmget(0, size, 0o1600)
+    at = libc.shmat(segment, None, 0) if segment >= 0 else None
+    if at in (None, 2**64 - 1):
+        break
+    ctypes.memset(at, 1, size)
+    libc.shmdt(at)
+    kept += size
+print(kept >> 20)
+"""
+
+
+async def test_no_memory_is_kept_beside_that_of_its_processes() -> None:
+    done = await run(SEGMENTS, memory_bytes=1 << 28)
+    assert done.stdout == "0\n", done.stderr
+    for call in ("os.memfd_create('x')", "ctypes.CDLL(None).mq_open(b'/x', 66, 0o600, None)"):
+        done = await run(f"import ctypes, os\nassert {call} < 0")
+        assert done.exit_code == 0 or "Operation not permitted" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import asyncio\nasync def f(): return 3\nprint(asyncio.run(f()))",
+        "import subprocess as s\nprint(s.run(['/bin/echo', '3'], capture_output=True, text=True).stdout)",
+        "import threading, queue\nq = queue.Queue()\nthreading.Thread(target=q.put, args=(3,)).start()"
+        "\nprint(q.get())",
+        "import tempfile\nwith tempfile.TemporaryFile('w+', dir='.') as f: print(f.write('abc'))",
+        "import sqlite3\nprint(sqlite3.connect('a.db').execute('select 3').fetchone()[0])",
+    ],
+)
+async def test_what_programs_do_still_works(code: str) -> None:
+    done = await run(code)
+    assert done.stdout.strip() == "3", done.stderr
+
+
+async def test_pairs_of_sockets_are_of_this_machine_only() -> None:
+    code = "import socket\nfor family in range(2, 46):\n  try: socket.socketpair(family); print(family)\n"
+    done = await run(code + "  except PermissionError: pass")
+    assert (done.exit_code, done.stdout) == (0, ""), done.stderr
+
+
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(99)"])
 async def test_what_does_not_end_is_ended_at_the_deadline(code: str) -> None:
     deaf = "import signal\nfor n in (1, 2, 15): signal.signal(n, lambda *_: 0)\n"

@@ -25,11 +25,12 @@ from actors.generate_request import GenerateRequest
 from actors.rollout_worker import RolloutWorker
 from actors.trajectory import Completion
 from actors.weight_update import WeightLayout, WeightUpdate
-from cluster import cli, deployment, submit
+from cluster import cli, deployment, redaction, submit
 from cluster.redaction import hide, printable
-from cluster.roles import RolloutSpec, settle_in
+from cluster.roles import RewardRole, RolloutSpec, settle_in
 from cluster.stop import ENDING_S
 from reward_service.client import RewardClient
+from reward_service.config import RewardServiceConfig
 from tests import tiny
 from tests.learner_cases import mesh
 
@@ -276,3 +277,44 @@ def test_a_secret_of_any_name_is_hidden_once_the_config_names_it(
     assert printable("it is long-enough-value") == "it is long-enough-value"
     hide("PLAIN_NAME")
     assert printable("it is long-enough-value") == "it is ***"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_reward_service_hides_what_its_config_names(
+    nested: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redaction, "_hidden", set())
+    monkeypatch.setenv("ITS_JUDGE", "a-credential-by-config-alone")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    scorer: dict[str, Any] = {
+        "kind": "http",
+        "url": "http://127.0.0.1:1/",
+        "token_env": "ITS_JUDGE",
+    }
+    if nested:
+        scorer = {"kind": "sum", "parts": {"judge": {"weight": 1.0, "scorer": scorer}}}
+    config = RewardServiceConfig.model_validate({"scorer": scorer})
+    RewardRole("reward", config, True, tmp_path / "reward.log")
+    logging.getLogger("aiohttp").warning("headers: %s", os.environ["ITS_JUDGE"])
+    assert (tmp_path / "reward.log").read_text().endswith("headers: ***\n")
+
+
+def test_a_secret_may_look_like_a_path_and_a_path_to_one_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI/K7MDENG")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/someone/token")
+    said = printable(
+        " ".join(os.environ[n] for n in ("AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN_PATH"))
+    )
+    assert said == "*** /home/someone/token"
+
+
+@pytest.mark.parametrize("quoted", [str, json.dumps, repr])
+def test_a_secret_is_hidden_as_it_stands_in_what_quotes_it(
+    quoted: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "abc&d\"e'f<ghi>\\12345\u00fc")
+    monkeypatch.setenv("API_KEY", "abc&d\"e'f")
+    assert "abc" not in printable(quoted(os.environ["HF_TOKEN"]))
+    assert "345" not in printable(quoted(os.environ["HF_TOKEN"]))

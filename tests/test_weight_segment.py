@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,11 +96,56 @@ def test_a_reader_that_is_killed_holds_nothing(segment: WrittenSegment, tmp_path
 def test_a_new_file_of_the_same_name_is_another_segment(segment: WrittenSegment) -> None:
     reader = SegmentReader()
     old = reader.hold(segment.path)
+    segment.remove()
     again = WrittenSegment(segment.path, 8192, create=True)
     again.data[:] = 3
     assert len(reader.hold(segment.path)) == 8192
     assert (reader.hold(segment.path) == 3).all()
     assert (old == 0).all()  # it stays with who has it
+
+
+def test_a_file_of_that_name_is_not_taken_over(segment: WrittenSegment) -> None:
+    segment.data[:] = 7
+    with pytest.raises(FileExistsError):
+        WrittenSegment(segment.path, 4096, create=True)
+    assert (SegmentReader().hold(segment.path) == 7).all()
+
+
+HOLDS = """
+import sys, time
+from actors.segment_owner import SegmentOwner, segments_of
+from actors.weight_segment import WrittenSegment
+owner = SegmentOwner(sys.argv[1])
+made = [WrittenSegment(path, 4096, create=True) for path in segments_of(sys.argv[1])]
+print(flush=True)
+time.sleep(60)
+"""
+SWEEPS = (
+    "import sys; from actors.segment_owner import SegmentOwner; SegmentOwner(sys.argv[1]).close()"
+)
+ELSEWHERE = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+
+
+@pytest.mark.parametrize("sweeping", [[], ELSEWHERE], ids=["here", "in another container"])
+def test_of_those_who_share_the_folder_only_the_dead_lose_their_segments(
+    sweeping: list[str], tmp_path: Path
+) -> None:
+    """In a container of its own a process does not see the process ids of the others."""
+    if sweeping and subprocess.run([*sweeping, "true"], capture_output=True, timeout=10).returncode:
+        pytest.skip("no namespace for processes")
+    stem = str(tmp_path / "raylign-5-a-run.0")
+    sweep = [*sweeping, sys.executable, "-c", SWEEPS, str(tmp_path / "raylign-6-a-run.0")]
+    (tmp_path / "raylign-7-nobody-s-0").touch()
+    run = subprocess.Popen([sys.executable, "-c", HOLDS, stem], stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    run.stdout.readline()
+    subprocess.run(sweep, check=True, timeout=30)
+    names = ["0", "1", "owner"]
+    assert sorted(tmp_path.glob("raylign-5*")) == [Path(f"{stem}-{name}") for name in names]
+    run.kill()
+    run.wait(10)
+    subprocess.run(sweep, check=True, timeout=30)
+    assert [path.name for path in tmp_path.iterdir()] == ["raylign-7-nobody-s-0"]
 
 
 def test_removing_leaves_no_file_and_what_was_mapped(segment: WrittenSegment) -> None:

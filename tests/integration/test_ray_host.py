@@ -7,6 +7,9 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,13 +128,68 @@ async def test_its_token_is_in_no_file_and_no_command_line(host: RayHost) -> Non
     assert not [path for path in written if token.encode() in path.read_bytes()]
 
 
+def test_no_other_user_can_enter_the_folder_of_its_sockets(host: RayHost) -> None:
+    sockets = Path(session(host)) / "sockets"
+    assert [path for path in sockets.iterdir() if path.is_socket()]
+    assert any(folder.stat().st_mode & 0o077 == 0 for folder in sockets.parents)
+
+
+def test_nothing_is_left_of_its_folder_when_it_is_closed() -> None:
+    code = (
+        "from pathlib import Path\nfrom cluster.ray_host import RayHost\n"
+        "host = RayHost('local', 'test')\nprint(host._folder.path, flush=True)\n"
+        "assert Path(host._folder.path).exists()\nhost.close()\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as base:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "RAY_TMPDIR": base},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()).is_relative_to(base)
+        assert not os.listdir(base)
+
+
+SCORES = """
+import asyncio
+from pathlib import Path
+from cluster.placement import ask
+from cluster.ray_host import RayHost
+from cluster.roles import RewardRole
+from reward_service.api import ScoreRequest
+from reward_service.config import RewardServiceConfig
+host = RayHost("local", "test")
+given = {"scorer": {"kind": "function", "function": "my_rewards:brevity"}}
+config = RewardServiceConfig.model_validate(given)
+member = host.start("reward", RewardRole, "reward", config, True, Path("reward.log"), env={})
+request = ScoreRequest("t0", "p", "c", (2,), (3, 1), "stop")
+print(asyncio.run(ask(member, member.handle.score, [request], within=60))[0].score)
+host.close()
+"""
+
+
+def test_an_actor_runs_nothing_of_the_current_folder_but_its_reward_function(
+    tmp_path: Path,
+) -> None:
+    for name in ("statistics", "colorsys", "pyarrow", "numpy", "pydantic"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a trap')\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "import statistics, sys\n\ndef brevity(asked):\n    return [2.0 for _ in asked]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCORES], cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "2.0\n", done.stderr
+
+
 async def test_code_of_a_model_runs_below_an_actor_and_sees_nothing_of_it(host: RayHost) -> None:
     try:
         require_isolation()
     except IsolationMissing as error:
         pytest.skip(str(error))
     member = start(host, Programs)
-    code = "import os\nprint(dict(os.environ), os.listdir('/work'), os.path.exists('/tmp/ray'))"
+    code = "import os\nprint(dict(os.environ), os.listdir('/work'), os.path.exists('/tmp'))"
     said = await ask(member, member.handle.run, code, within=60)
     assert said.endswith("['main.py'] False\n")
     assert "RAY" not in said
