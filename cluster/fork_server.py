@@ -59,9 +59,8 @@ class ForkServer:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cluster.fork_server", words],
             env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-            cwd=Path(__file__)
-            .resolve()
-            .parents[1],  # `-m` looks for modules there, before all others
+            # `-m` looks for modules there, before all others.
+            cwd=Path(__file__).resolve().parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -153,9 +153,8 @@ def load_function(spec: str) -> Callable[[list[ScoreRequest]], Any]:
     """`module:function` -> the function; also from the current directory. Raises ValueError."""
     module_name, _, name = spec.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # not before libraries: a file there may be called as one of theirs
+        # After all else: a file there may have the name of a library's module.
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
