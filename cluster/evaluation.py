@@ -7,7 +7,6 @@ for the same prompt, a tie counts half. So at the start it is 0.5 but for noise.
 from __future__ import annotations
 
 import asyncio
-import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from actors.trajectory import Completion, Prompt
 from cluster.config import EvaluationConfig
 from cluster.learner_group import LearnerGroup
 from cluster.placement import FOREVER_S, Member, RoleFailed, ask
+from cluster.replace_file import replacing
 from cluster.supervisor import Supervisor
 from learner.learner_spec import Samples
 from reward_service.api import RewardFailure, ScoreRequest, ScoreResponse, ScoreResult
@@ -140,9 +140,8 @@ class Evaluation:
 
     def _write(self, name: str, table: pa.Table) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._path(name + ".partial")
-        pq.write_table(table, aside)
-        os.replace(aside, self._path(name))
+        with replacing(self._path(name)) as aside:
+            pq.write_table(table, aside)
 
 
 async def _answer(service: Member, requests: list[ScoreRequest]) -> list[ScoreResult]:

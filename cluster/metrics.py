@@ -7,9 +7,7 @@ other sinks
 from __future__ import annotations
 
 import difflib
-import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from cluster import json_lines
 from cluster.config import BadInput
 
 
@@ -126,21 +125,6 @@ def markdown_table() -> str:
     return "\n".join(["| metric | over ranks | what it is |", "|---|---|---|", *lines])
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none when it is missing. A last line without its end was being
-    written when the reader came or the writer died: it is left out."""
-    if not path.is_file():
-        return []
-    *lines, _unfinished = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-    return rows
-
-
 class MetricsSink(Protocol):
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -211,13 +195,12 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Withdraw what was written of later steps, and go on from there."""
-        self._file.close()
         self._tensorboard.close()
         self._open(step)
 
     def _open(self, resume_step: int | None) -> None:
-        self._last_step = -1 if resume_step is None else _keep_until(self._path, resume_step)
-        self._file = self._path.open("ab", buffering=0)
+        kept = json_lines.keep(self._path, lambda _, row: row["step"] <= (resume_step or 0))
+        self._last_step = kept[-1]["step"] if kept else -1
         self._tensorboard = TensorBoardSink(self._path.parent / "tensorboard", resume_step)
         self._sinks: list[MetricsSink] = [self._tensorboard, *self._others]
 
@@ -227,14 +210,13 @@ class MetricsWriter:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
         checked = {name: _checked(name, value) for name, value in metrics.items()}
         row = {"step": step, "time": round(time.time(), 3), **checked}
-        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        json_lines.append(self._path, row)
         self._last_step = step
         for sink in self._sinks:
             sink.write(step, checked)
         return row
 
     def close(self) -> None:
-        self._file.close()
         for sink in self._sinks:
             sink.close()
 
@@ -253,15 +235,3 @@ def _checked(name: str, value: Any) -> int | float:
     if not math.isfinite(number):
         raise ValueError(f"metric {name} is {number}")
     return number
-
-
-def _keep_until(path: Path, step: int) -> int:
-    """Removes the lines after `step`: all old lines are there or only the kept ones, never less."""
-    rows = [row for row in read_json_lines(path) if row["step"] <= step]
-    kept = path.with_suffix(".tmp")
-    with kept.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    kept.replace(path)
-    return rows[-1]["step"] if rows else -1

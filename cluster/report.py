@@ -18,6 +18,7 @@ from cluster import report_charts as charts
 from cluster.live_view import duration
 from cluster.metrics import METRICS, metric
 from cluster.redaction import printable
+from cluster.replace_file import replace_text
 from cluster.report_charts import Series, number
 from cluster.report_layout import BANDS, SECTIONS, STYLE, TILES, Tile
 from cluster.run_status import (
@@ -37,9 +38,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes report.html into the folder of the run, whole or not at all; returns its path."""
     run = read_run(run_dir)
     path = run.run_dir / "report.html"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(printable(_page(run)), encoding="utf-8")
-    draft.replace(path)
+    replace_text(path, printable(_page(run)))
     return path
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
+from cluster import json_lines
 from cluster.checkpoints import RUN_ID, run_id
 from cluster.config import BadInput, RunConfig, StageConfig
 from cluster.heartbeat import goes_on, here
 from cluster.redaction import printable
+from cluster.replace_file import replace_text
 
 SAID = {"error", "message", "reason", "stack", "replay"}
 
@@ -98,55 +97,41 @@ class RunFiles:
         """Facts not given stay as they were."""
         stage = getattr(self._config, "stage", "")
         self._facts |= {"state": state, "stage": stage, **here(), **facts}
-        self._replace("status.json", {**self._facts, "updated_at": time.time()})
+        self._say()
 
     async def beat(self, every_s: float) -> None:
         """Say in status.json, again and again, that this process turns. Never ends."""
         while True:
             self._facts["heartbeat_at"] = time.time()
             with contextlib.suppress(OSError):  # a full disk is for others to name
-                self._replace("status.json", {**self._facts, "updated_at": time.time()})
+                self._say()
             await asyncio.sleep(every_s)
+
+    def _say(self) -> None:
+        """Often, so not durably: if the machine fails, what this says is out of date anyhow."""
+        facts = {**self._facts, "updated_at": time.time()}
+        self._replace("status.json", facts, durable=False)
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._replace("summary.json", summary)
 
     def num_dropped(self) -> int:
-        path = self.folder / "dropped.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+        return json_lines.count(self.folder / "dropped.jsonl")
 
     def rewind(self, step: int, num_dropped: int) -> None:
         """Withdraw what a run did after its checkpoint of `step`, before it goes on from there."""
         for path in (self.folder / "trajectories").glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
-        self._keep("dropped.jsonl", lambda number, _: number < num_dropped)
-        self._keep("events.jsonl", lambda _, event: event.get("step", 0) <= step)
-
-    def _keep(self, name: str, wanted: Callable[[int, dict[str, Any]], bool]) -> None:
-        path = self.folder / name
-        if path.exists():
-            # A line without an end is one that a kill cut short.
-            lines = [line for line in path.open() if line.endswith("\n")]
-            kept = [line for i, line in enumerate(lines) if wanted(i, json.loads(line))]
-            self._replace_text(name, "".join(kept))
+        json_lines.keep(self.folder / "dropped.jsonl", lambda place, _: place < num_dropped)
+        json_lines.keep(self.folder / "events.jsonl", lambda _, event: event.get("step", 0) <= step)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(_without_secrets(row)) + "\n")
+        json_lines.append(self.folder / name, _without_secrets(row))
 
-    def _replace(self, name: str, content: dict[str, Any]) -> None:
-        self._replace_text(name, json.dumps(_without_secrets(content), indent=1))
-
-    def _replace_text(self, name: str, text: str) -> None:
-        replace_text(self.folder / name, text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Whoever reads it finds the old text or the new one."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    def _replace(self, name: str, content: dict[str, Any], *, durable: bool = True) -> None:
+        text = json.dumps(_without_secrets(content), indent=1)
+        replace_text(self.folder / name, text, durable=durable)
 
 
 def _without_secrets(row: dict[str, Any]) -> dict[str, Any]:

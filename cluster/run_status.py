@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cluster import json_lines
 from cluster.config import BadInput
 from cluster.heartbeat import GOING_ON, goes_on
 from cluster.live_view import duration, figures
-from cluster.metrics import read_json_lines
 from cluster.redaction import printable
 
 Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
@@ -57,9 +57,9 @@ def read_run(run_dir: Path) -> RunRecord:
         run_dir=run_dir,
         status=_read_object(run_dir / "status.json"),
         summary=_read_object(run_dir / "summary.json"),
-        metrics=read_json_lines(run_dir / "metrics.jsonl"),
-        events=read_json_lines(run_dir / "events.jsonl"),
-        dropped=read_json_lines(run_dir / "dropped.jsonl"),
+        metrics=json_lines.read(run_dir / "metrics.jsonl"),
+        events=json_lines.read(run_dir / "events.jsonl"),
+        dropped=json_lines.read(run_dir / "dropped.jsonl"),
         checkpoints=_checkpoint_steps(run_dir),
         config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
     )

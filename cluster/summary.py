@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 import pyarrow as pa
 
+from cluster import json_lines
 from cluster.report import write_report
 from cluster.run import Run
 from cluster.versions import versions
@@ -63,8 +63,8 @@ def _held_out(run: Run) -> dict[str, Any]:
 
 
 def _evaluation_events(run: Run) -> list[dict[str, Any]]:
-    lines = (run.files.folder / "events.jsonl").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line))["event"] == "evaluation"]
+    events = json_lines.read(run.files.folder / "events.jsonl")
+    return [event for event in events if event["event"] == "evaluation"]
 
 
 def _samples(before: pa.Table, after: pa.Table, count: int) -> list[dict[str, Any]]:
