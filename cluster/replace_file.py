@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -27,3 +29,12 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
     with replacing(path, durable=durable) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} without one, or of one that a machine's failure left unreadable."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -7,6 +7,8 @@ import contextlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from threading import Event, Lock, Thread
 from typing import Any
 from uuid import uuid4
 
@@ -15,9 +17,10 @@ import yaml
 from cluster import json_lines
 from cluster.checkpoints import RUN_ID, run_id
 from cluster.config import BadInput, RunConfig, StageConfig
-from cluster.heartbeat import goes_on, here
+from cluster.heartbeat import BEAT_S, STATUS, goes_on, here
 from cluster.redaction import printable
-from cluster.replace_file import replace_text
+from cluster.replace_file import read_object, replace_text
+from cluster.run_lock import at_this_run
 
 SAID = {"error", "message", "reason", "stack", "replay"}
 
@@ -29,6 +32,7 @@ class RunFiles:
         self.folder = config.run_dir
         self._config = config
         self._facts: dict[str, Any] = {}
+        self._one_writes = Lock()  # of status.json
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """BadInput if there is a run and neither `resume` nor `overwrite`, or none to resume."""
@@ -50,16 +54,16 @@ class RunFiles:
 
     def _refuse_a_second_driver(self) -> None:
         """Two would undo each other's files and checkpoints."""
-        path = self.folder / "status.json"
-        status = json.loads(path.read_text()) if path.is_file() else {}
-        if goes_on(status):
-            raise BadInput(
-                f"{self.folder}: process {status['pid']} on {status['host']} is at this run; stop it first "
-                f"(kill {status['pid']}, or stop its job), or name=... makes another"
-            )
+        path = self.folder / STATUS
+        status = read_object(path)
+        if goes_on(status, path):
+            who = at_this_run(status["pid"], status["host"])
+            raise BadInput(f"{self.folder}: {who}, or name=... makes another")
 
     def create(self, *, overwrite: bool) -> None:
-        """Make the folder, or BadInput."""
+        """Make the folder, or BadInput; also if another driver has come since `check`."""
+        if self._exists():
+            self._refuse_a_second_driver()
         try:
             if overwrite and self._exists():
                 shutil.rmtree(self.folder)
@@ -96,21 +100,42 @@ class RunFiles:
     def status(self, state: str, **facts: Any) -> None:
         """Facts not given stay as they were."""
         stage = getattr(self._config, "stage", "")
-        self._facts |= {"state": state, "stage": stage, **here(), **facts}
-        self._say()
+        self._say({"state": state, "stage": stage, **here(), **facts})
 
     async def beat(self, every_s: float) -> None:
         """Say in status.json, again and again, that this process turns. Never ends."""
         while True:
-            self._facts["heartbeat_at"] = time.time()
-            with contextlib.suppress(OSError):  # a full disk is for others to name
-                self._say()
+            self._beat()
             await asyncio.sleep(every_s)
 
-    def _say(self) -> None:
+    @contextlib.contextmanager
+    def beating(self, every_s: float = BEAT_S) -> Iterator[None]:
+        """`beat`, from a thread, for one whose own is at work."""
+        over = Event()
+
+        def beat() -> None:
+            self._beat()
+            while not over.wait(every_s):
+                self._beat()
+
+        thread = Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(every_s)
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk is for others to name
+            self._say({"heartbeat_at": time.time()})
+
+    def _say(self, facts: dict[str, Any]) -> None:
         """Often, so not durably: if the machine fails, what this says is out of date anyhow."""
-        facts = {**self._facts, "updated_at": time.time()}
-        self._replace("status.json", facts, durable=False)
+        with self._one_writes:
+            self._facts |= facts
+            said = {**self._facts, "updated_at": time.time()}
+            self._replace(STATUS, said, durable=False)
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._replace("summary.json", summary)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from cluster import json_lines
 from cluster.config import BadInput
-from cluster.heartbeat import GOING_ON, goes_on
+from cluster.heartbeat import GOING_ON, STATUS, goes_on
 from cluster.live_view import duration, figures
 from cluster.redaction import printable
+from cluster.replace_file import read_object
 
 Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
 LAST_EVENTS = 8
@@ -35,11 +36,15 @@ class RunRecord:
     checkpoints: list[int]
     config_text: str
 
-    @property
+    @cached_property  # from another machine it may take a while
     def state(self) -> str:
         """As the run wrote it, or "died" when it claims to go on and its process is gone."""
         state = self.status.get("state", "unknown")
-        return "died" if state in GOING_ON and not goes_on(self.status) else state
+        return (
+            "died"
+            if state in GOING_ON and not goes_on(self.status, self.run_dir / STATUS)
+            else state
+        )
 
     @property
     def drop_reasons(self) -> Counter[str]:
@@ -51,12 +56,12 @@ def read_run(run_dir: Path) -> RunRecord:
     if not run_dir.is_dir():
         raise BadInput(f"{run_dir}: no such run; give the folder of a run, e.g. runs/NAME")
     config = run_dir / "config.yaml"
-    if not config.is_file() and not (run_dir / "status.json").is_file():
+    if not config.is_file() and not (run_dir / STATUS).is_file():
         raise BadInput(f"{run_dir}: not a run (no config.yaml); give a folder such as runs/NAME")
     return RunRecord(
         run_dir=run_dir,
-        status=_read_object(run_dir / "status.json"),
-        summary=_read_object(run_dir / "summary.json"),
+        status=read_object(run_dir / STATUS),
+        summary=read_object(run_dir / "summary.json"),
         metrics=json_lines.read(run_dir / "metrics.jsonl"),
         events=json_lines.read(run_dir / "events.jsonl"),
         dropped=json_lines.read(run_dir / "dropped.jsonl"),
@@ -133,7 +138,3 @@ def _checkpoint_steps(run_dir: Path) -> list[int]:
 
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -18,6 +18,7 @@ from cluster.model_folder import model_config, policy_config
 from cluster.placement import Host, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
+from cluster.run_lock import one_driver
 from cluster.versions import versions
 from reward_service.fast_import import fast_import
 from reward_service.pairs import read_pairs, read_reference
@@ -25,7 +26,7 @@ from reward_service.pairs import read_pairs, read_reference
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     """Train, write runs/<name>/model, report. Returns the model's folder."""
-    with hosting(config, in_process=in_process) as open_host:
+    with one_driver(config.run_dir), hosting(config, in_process=in_process) as open_host:
         files = RunFiles(config)
         files.check(resume=False, overwrite=overwrite)
         _check_sft(config, in_process=in_process)
@@ -91,6 +92,11 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
 
 def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
     """Train on preference pairs, write runs/<name>/model, report. Returns the model's folder."""
+    with one_driver(config.run_dir):
+        return _reward_model(config, overwrite=overwrite)
+
+
+def _reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
     files = RunFiles(config)
     files.check(resume=False, overwrite=overwrite)
     try:
@@ -137,13 +143,16 @@ class _Progress:
         self._view: LiveView | None = None
         self._metrics = MetricsWriter(files.folder)
         self._num_steps = 0
+        self._beating = files.beating()
 
     def __enter__(self) -> _Progress:
         print(f"{self._config.name}: loading the model", flush=True)
         self._files.status("starting", step=0, num_steps=0)
+        self._beating.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._beating.__exit__(None, None, None)
         if error is not None:
             self._files.status("failed", step=0, num_steps=self._num_steps, error=str(error))
         self._metrics.close()
