@@ -50,7 +50,9 @@ def alive(status: Mapping[str, Any], path: Path) -> bool:
 
 
 def _beats(beat: float | None, path: Path) -> bool:
-    if beat is not None and abs(time.time() - beat) < LAST_S:
+    if beat is None:
+        return False
+    if abs(time.time() - beat) < LAST_S:
         return True
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:

@@ -48,6 +48,7 @@ def elsewhere(beat: float) -> dict[str, object]:
 
 def test_on_another_machine_a_heartbeat_that_is_new_counts() -> None:
     assert alive(elsewhere(time.time() - LAST_S + 5), NOWHERE)
+    assert not alive({"pid": 1, "host": "another", "updated_at": time.time()}, NOWHERE)
 
 
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])

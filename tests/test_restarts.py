@@ -134,10 +134,13 @@ def test_a_clock_that_is_set_ends_no_driver_that_beats(folder: Path) -> None:
     assert calls(folder) == [FIRST]
 
 
-def test_what_an_earlier_process_has_written_is_no_beat_of_this_one(folder: Path) -> None:
+def test_what_an_earlier_process_has_written_is_no_beat_of_this_one(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     status = {"pid": 1, "heartbeat_at": time.time() + 3600}
     (folder / "status.json").write_text(json.dumps(status))
     assert ended(folder, "never up", 0, start_s=2.0) == 0
+    assert "has not moved" in capfd.readouterr().err
     assert calls(folder) == [FIRST, AGAIN]
 
 
