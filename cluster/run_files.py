@@ -49,6 +49,11 @@ class RunFiles:
             )
         if resume and not exists:
             raise BadInput(f"{self.folder}: no run to resume; leave --resume out")
+        if exists and overwrite and self.folder.is_symlink():
+            raise BadInput(
+                f"{self.folder}: a symbolic link, to {self.folder.resolve()}; --overwrite deletes no link: "
+                "remove it, or name=... makes another"
+            )
         if exists:
             self._refuse_a_second_driver()
 

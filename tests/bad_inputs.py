@@ -178,6 +178,13 @@ def over_a_run(world: World, _: pytest.MonkeyPatch) -> list[str]:
     return ["train", run_config(world, {})]
 
 
+def over_a_link(world: World, _: pytest.MonkeyPatch) -> list[str]:
+    folder = begun_run(world)
+    folder.rename(world.folder / "elsewhere")
+    folder.symlink_to(world.folder / "elsewhere")
+    return ["train", run_config(world, {}), "--overwrite"]
+
+
 def while_it_goes_on(*given: str) -> Prepare:
     def begin(world: World, _: pytest.MonkeyPatch) -> list[str]:
         said = {"state": "running", "pid": 7, "host": "another", "heartbeat_at": time.time()}
@@ -264,6 +271,9 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
         with_a_file_for_runs, ("runs_dir", "no folder that can be written to")
     ),
     "a name that has a run": Kind(over_a_run, ("runs/tiny", "--resume", "--overwrite", "name=")),
+    "overwriting a link": Kind(
+        over_a_link, ("runs/tiny", "symbolic link, to", "elsewhere", "remove it", "name=")
+    ),
     "resuming a run that goes on": Kind(
         while_it_goes_on("--resume"),
         ("runs/tiny", "process 7 on another", "stop it first", "name="),
