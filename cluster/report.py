@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from cluster import dropped
 from cluster import report_charts as charts
 from cluster.live_view import duration
 from cluster.metrics import METRICS, metric
@@ -258,7 +259,7 @@ def _happened(run: RunRecord) -> str:
         (d.get("reason"), d.get("prompt_id"), d.get("epoch"), d.get("sample_index"))
         for d in run.dropped[:MAX_ROWS]
     ]
-    reasons = ", ".join(f"{n} {reason}" for reason, n in run.drop_reasons.most_common()) or "none"
+    reasons = dropped.in_words(run.dropped) or "none"
     table = _table(("reason", "prompt", "epoch", "sample"), drops) if drops else ""
     return (
         f'<h2>Events</h2><div class="two"><div class="card scroll">{events}'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster import json_lines
+from cluster import dropped, json_lines
 from cluster.config import BadInput
 from cluster.heartbeat import GOING_ON, STATUS, goes_on
 from cluster.live_view import duration, figures
@@ -45,10 +44,6 @@ class RunRecord:
             if state in GOING_ON and not goes_on(self.status, self.run_dir / STATUS)
             else state
         )
-
-    @property
-    def drop_reasons(self) -> Counter[str]:
-        return Counter(str(drop.get("reason", "unknown")) for drop in self.dropped)
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -87,7 +82,7 @@ def status(run_dir: Path) -> str:
         *_row("last step", _last_step(run)),
         *_row("generators", str(run.status.get("generators", ""))),
         *_row("checkpoints", ", ".join(f"step {step}" for step in run.checkpoints) or "none"),
-        *_row("dropped", ", ".join(f"{n} {why}" for why, n in run.drop_reasons.items()) or "none"),
+        *_row("dropped", printable(dropped.in_words(run.dropped)) or "none"),
     ]
     events = [event for event in run.events if event.get("event") not in ROUTINE][-LAST_EVENTS:]
     lines += [
