@@ -45,7 +45,7 @@ from cluster.learner_group import LearnerGroup, LearnerLost
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.memory import checkpoint_bytes
-from cluster.metrics import MetricsWriter, RayMetricsSink
+from cluster.metrics_writer import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run

@@ -17,7 +17,8 @@ from cluster.gpus import check_gpus
 from cluster.hosting import hosting
 from cluster.learner_group import meet, met_at
 from cluster.live_view import LiveView
-from cluster.metrics import MetricsWriter, reduce_ranks
+from cluster.metrics import reduce_ranks
+from cluster.metrics_writer import MetricsWriter
 from cluster.model_folder import model_config, policy_config
 from cluster.placement import Host, Member, ask
 from cluster.report import write_report

@@ -12,7 +12,7 @@ import pytest
 from cluster import json_lines
 from cluster.config import RunConfig
 from cluster.config_file import load_config
-from cluster.metrics import MetricsWriter
+from cluster.metrics_writer import MetricsWriter
 from cluster.run_files import RunFiles
 from tests import tiny
 

@@ -19,11 +19,10 @@ from cluster.json_lines import read as read_json_lines
 from cluster.metrics import (
     FAMILIES,
     METRICS,
-    MetricsWriter,
-    RayMetricsSink,
     markdown_table,
     reduce_ranks,
 )
+from cluster.metrics_writer import MetricsWriter, RayMetricsSink
 
 
 class ListSink:
@@ -174,7 +173,7 @@ def test_these_modules_import_nothing_heavy() -> None:
     code = (
         "import sys\n"
         "from cluster import audit, live_view, metrics, report, run_status\n"
-        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'tensorflow'}\n"
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'tensorflow', 'tensorboard'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )
     root = Path(__file__).parents[1]

@@ -33,7 +33,7 @@ from cluster.json_lines import read as read_json_lines
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
-from cluster.metrics import MetricsWriter
+from cluster.metrics_writer import MetricsWriter
 from cluster.placement import InProcessHost, Member, RoleFailed
 from cluster.roles import LearnerRole
 from cluster.run import Run
