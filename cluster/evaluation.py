@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.trajectory import Completion, Prompt
+from cluster.checkpoints import step_name
 from cluster.config import EvaluationConfig
 from cluster.learner_group import LearnerGroup
 from cluster.placement import FOREVER_S, Member, RoleFailed, ask
@@ -74,7 +75,7 @@ class Evaluation:
 
     async def run(self, step: int) -> Evaluated:
         """Evaluate the policy the generators have now."""
-        name = f"step-{step:06d}"
+        name = step_name(step)
         table = await self._sampled(name)
         self._write(name, table)
         baseline = pq.read_table(self._path(BASELINE))["judge_score"].to_numpy()
@@ -89,7 +90,7 @@ class Evaluation:
         return Evaluated(step, table, metrics)
 
     def read(self, step: int) -> pa.Table:
-        return pq.read_table(self._path(f"step-{step:06d}"))
+        return pq.read_table(self._path(step_name(step)))
 
     async def _sampled(self, name: str) -> pa.Table:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())

@@ -56,7 +56,7 @@ def _checkpoint(run_dir: Path, step: int | None) -> checkpoints.Checkpoint:
             why = "; ".join(problems) or "none yet"
             raise BadInput(f"{run_dir}: no intact checkpoint ({why}); go on with the run first")
         return found
-    path = run_dir / "checkpoints" / f"step-{step:06d}"
+    path = checkpoints.folder_of(run_dir, step)
     if problem := checkpoints.damage(path):
         raise BadInput(f"{problem}; see `raylign status` for the steps there are")
     return checkpoints.Checkpoint(path, step)

@@ -15,7 +15,7 @@ from uuid import uuid4
 import yaml
 
 from cluster import json_lines
-from cluster.checkpoints import RUN_ID, run_id
+from cluster.checkpoints import RUN_ID, run_id, step_of
 from cluster.config import BadInput, RunConfig, StageConfig
 from cluster.heartbeat import BEAT_S, STATUS, goes_on, here
 from cluster.redaction import printable
@@ -61,7 +61,8 @@ class RunFiles:
         """Two would undo each other's files and checkpoints."""
         path = self.folder / STATUS
         status = read_object(path)
-        if goes_on(status, path):
+        ours = here().items() <= status.items()
+        if not ours and goes_on(status, path):
             who = at_this_run(status["pid"], status["host"])
             raise BadInput(f"{self.folder}: {who}, or name=... makes another")
 
@@ -151,7 +152,7 @@ class RunFiles:
     def rewind(self, step: int, num_dropped: int) -> None:
         """Withdraw what a run did after its checkpoint of `step`, before it goes on from there."""
         for path in (self.folder / "trajectories").glob("step-*.parquet"):
-            if int(path.stem.removeprefix("step-")) > step:
+            if step_of(path) > step:
                 path.unlink()
         json_lines.keep(self.folder / "dropped.jsonl", lambda place, _: place < num_dropped)
         json_lines.keep(self.folder / "events.jsonl", lambda _, event: event.get("step", 0) <= step)

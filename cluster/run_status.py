@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster import dropped, json_lines
+from cluster.checkpoints import step_of
 from cluster.config import BadInput
 from cluster.heartbeat import GOING_ON, STATUS, goes_on
 from cluster.live_view import duration, figures
@@ -69,7 +70,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     """The first and the last evaluation of the run, as far as there are any."""
     files = sorted(Path(run_dir).glob("evaluation/step-[0-9]*[0-9].parquet"))
     return [
-        (f"{label}, step {_step(file)}", pq.read_table(file).to_pylist())
+        (f"{label}, step {step_of(file)}", pq.read_table(file).to_pylist())
         for label, file in zip(["before", "after"], files[:1] + files[1:][-1:], strict=False)
     ]
 
@@ -128,8 +129,4 @@ def _checkpoint_steps(run_dir: Path) -> list[int]:
     """Only complete ones: the manifest is written last."""
     manifests = run_dir.glob("checkpoints/step-*/manifest.json")
     folders = [path.parent for path in manifests if path.parent.suffix != ".partial"]
-    return sorted(_step(folder) for folder in folders)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
+    return sorted(step_of(folder) for folder in folders)

@@ -82,8 +82,8 @@ def test_what_is_removed_is_looked_at_once_more(tmp_path: Path) -> None:
     RunFiles(config).create(overwrite=False)
     late = RunFiles(config)
     late.check(resume=False, overwrite=True)
-    RunFiles(config).status("running")
-    with pytest.raises(BadInput, match="stop it first"):
+    RunFiles(config).status("running", pid=os.getppid())
+    with pytest.raises(BadInput, match=f"process {os.getppid()} on .* stop it first"):
         late.create(overwrite=True)
     assert (config.run_dir / "config.yaml").exists()
 
