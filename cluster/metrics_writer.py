@@ -93,6 +93,7 @@ class MetricsWriter:
     def _open(self, resume_step: int | None) -> None:
         kept = json_lines.keep(self._path, lambda _, row: row["step"] <= (resume_step or 0))
         self._last_step = kept[-1]["step"] if kept else -1
+        self._path.touch()
         self._tensorboard = TensorBoardSink(self._path.parent / "tensorboard", resume_step)
         self._sinks: list[MetricsSink] = [self._tensorboard, *self._others]
 
