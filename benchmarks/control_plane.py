@@ -43,7 +43,7 @@ from cluster.config_file import load_config
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
-from cluster.metrics import MetricsWriter
+from cluster.metrics_writer import MetricsWriter
 from cluster.placement import Member
 from cluster.ray_host import RayHost
 from cluster.run import Run

@@ -117,7 +117,7 @@ class _Audit:
     def _step_files(self) -> Iterator[tuple[int, Path]]:
         files = sorted((self._run.run_dir / "trajectories").glob("*.parquet"))
         for step, file in enumerate(files, 1):
-            name = f"step-{step:06}.parquet"
+            name = f"{checkpoints.step_name(step)}.parquet"
             if file.name != name:
                 raise Violation(f"trajectories: no {name}, but {file.name}")
             if step > self._config.num_steps:
@@ -232,7 +232,7 @@ class _Audit:
                 raise Violation(problem)
             manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
             step = manifest.get("step")
-            if not isinstance(step, int) or folder.name != f"step-{step:06}":
+            if not isinstance(step, int) or folder.name != checkpoints.step_name(step):
                 raise Violation(f"{folder}: its manifest is of step {step!r:.20}")
             if step > self._num_steps:
                 raise Violation(f"{folder}: there are trajectories of {self._num_steps} steps only")

@@ -30,6 +30,16 @@ BUFFER = "buffer.parquet"
 RUN_ID = "run_id"
 
 
+def step_name(step: int) -> str:
+    """Of what a run has one of for a step: a checkpoint, a file of trajectories or of an evaluation."""
+    return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """Of a path whose name is `step_name`, whatever its suffix."""
+    return int(path.stem.removeprefix("step-"))
+
+
 class CheckpointFailed(Exception):
     """The disk refused a run's last checkpoint. The message is one line."""
 
@@ -78,7 +88,7 @@ def expected_bytes(run_dir: Path, estimate: int) -> int:
 def begin(run_dir: Path, step: int, needed_bytes: int = 0) -> Path:
     """A new, empty folder to write into; `commit` makes a checkpoint of it. OSError if it cannot be, or
     there is less room than `needed_bytes`."""
-    aside = set_aside(_folder(run_dir, step))
+    aside = set_aside(folder_of(run_dir, step))
     if free_bytes(aside) < needed_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(aside))
     return aside
@@ -89,7 +99,7 @@ def commit(aside: Path, step: int, keep: int) -> Checkpoint:
     resume went back behind them."""
     final = seal(aside, step)
     written = _folders(final.parent)
-    withdrawn = [folder for folder in written if _step(folder) > step]
+    withdrawn = [folder for folder in written if step_of(folder) > step]
     earlier = written[: written.index(final)]
     for old in [*withdrawn, *earlier[: max(0, len(earlier) + 1 - keep)]]:
         with contextlib.suppress(OSError):
@@ -115,7 +125,7 @@ class GivenUp:
 
 def give_up(run_dir: Path, step: int, refusal: OSError, needed_bytes: int) -> GivenUp:
     """Remove what was begun, if the disk lets that be done."""
-    free, final = free_bytes(run_dir), _folder(run_dir, step)
+    free, final = free_bytes(run_dir), folder_of(run_dir, step)
     shutil.rmtree(_aside(final), ignore_errors=True)
     return GivenUp(str(final), refusal.strerror or str(refusal), needed_bytes, free)
 
@@ -147,7 +157,7 @@ def newest_intact(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(_folders(run_dir / "checkpoints")):
         problem = damage(path)
         if problem is None:
-            return Checkpoint(path, _step(path)), problems
+            return Checkpoint(path, step_of(path)), problems
         problems.append(problem)
     return None, problems
 
@@ -172,8 +182,8 @@ def _shown(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def _folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:06d}"
+def folder_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / step_name(step)
 
 
 def _aside(final: Path) -> Path:
@@ -201,11 +211,7 @@ def _out_of_the_way(folder: Path) -> Path:
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    return sorted(checkpoints.glob("step-*[0-9]"), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return sorted(checkpoints.glob("step-*[0-9]"), key=step_of)
 
 
 def _files(folder: Path) -> list[Path]:

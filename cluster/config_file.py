@@ -23,7 +23,7 @@ def load_config(path: str | Path, overrides: list[str], kind: type[Stage]) -> St
             f"{path}: no such config file; give a YAML file, e.g. examples/support_replies/ppo.yaml"
         )
     try:
-        tree = _Loader(path.read_text()).get_single_data()
+        tree = _read(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
     if not isinstance(tree, dict):
@@ -49,6 +49,25 @@ class _Loader(yaml.SafeLoader):
                     problem=f"{key} stands twice", problem_mark=mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What looks like a date or a number and is none, YAML's own tells without its place."""
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (ValueError, KeyError, AttributeError, OverflowError):
+            looks_like = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value!s:.40} looks like {looks_like} and is none; if it is text, quote it",
+                problem_mark=node.start_mark,
+            ) from None
+
+
+def _read(text: str) -> Any:
+    """The YAML's one document, or YAMLError."""
+    try:
+        return _Loader(text).get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def _check_stage(path: Path, tree: dict[str, Any], kind: type[StageConfig]) -> None:
@@ -86,9 +105,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
                 f"{override!r}: {key} is a value, not a section; see the config file for its keys"
             )
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = _read(value)
     except yaml.YAMLError:
-        raise BadInput(f"{override!r}: the value is not YAML; quote it") from None
+        raise BadInput(f"{override!r:.200}: the value is not YAML; quote it") from None
 
 
 def _first_problem(error: ValidationError, kind: type[StrictModel]) -> str:

@@ -1,13 +1,18 @@
-"""The lines of dropped.jsonl: what is not trained, and why."""
+"""The lines of dropped.jsonl: what is not trained, and why; and what a person is told of them."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from actors.scored import Dropped
 from actors.trajectory import Key
+
+SHOWN = 10  # reasons
+LONGEST = 200  # of one
 
 
 def rolled_out(dropped: Dropped, samples: int) -> list[dict[str, Any]]:
@@ -23,6 +28,21 @@ def refused(keys: Iterable[Key], samples: int, reason: str) -> list[dict[str, An
 def too_long(prompt_id: str) -> dict[str, Any]:
     """A prompt that fits into no context: it is in no epoch."""
     return _line(prompt_id, None, None, "longer than the context, prompts.on_too_long is drop")
+
+
+def in_words(drops: Iterable[Mapping[str, Any]]) -> str:
+    """How many were dropped for which reason; "" without any."""
+    kinds = Counter(kind_of(drop) for drop in drops)
+    shown = [f"{n} {kind}" for kind, n in kinds.most_common(SHOWN)]
+    others = kinds.total() - sum(n for _, n in kinds.most_common(SHOWN))
+    return ", ".join([*shown, *([f"and {others} for other reasons"] if others else [])])
+
+
+def kind_of(drop: Mapping[str, Any]) -> str:
+    """Its reason, the same for every sample that it befell: without the sample's own name, cut short."""
+    own = rf"(?<!\w){re.escape(str(drop.get('prompt_id')))}-e\d+-\d+(: )?"
+    kind = re.sub(own, "", str(drop.get("reason", "unknown")))
+    return kind if len(kind) <= LONGEST else f"{kind[:LONGEST]}..."
 
 
 def _line(prompt_id: str, epoch: int | None, sample: int | None, reason: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ for the same prompt, a tie counts half. So at the start it is 0.5 but for noise.
 from __future__ import annotations
 
 import asyncio
-import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.trajectory import Completion, Prompt
+from cluster.checkpoints import step_name
 from cluster.config import EvaluationConfig
 from cluster.learner_group import LearnerGroup
 from cluster.placement import FOREVER_S, Member, RoleFailed, ask
+from cluster.replace_file import replacing
 from cluster.supervisor import Supervisor
 from learner.learner_spec import Samples
 from reward_service.api import RewardFailure, ScoreRequest, ScoreResponse, ScoreResult
@@ -74,7 +75,7 @@ class Evaluation:
 
     async def run(self, step: int) -> Evaluated:
         """Evaluate the policy the generators have now."""
-        name = f"step-{step:06d}"
+        name = step_name(step)
         table = await self._sampled(name)
         self._write(name, table)
         baseline = pq.read_table(self._path(BASELINE))["judge_score"].to_numpy()
@@ -89,7 +90,7 @@ class Evaluation:
         return Evaluated(step, table, metrics)
 
     def read(self, step: int) -> pa.Table:
-        return pq.read_table(self._path(f"step-{step:06d}"))
+        return pq.read_table(self._path(step_name(step)))
 
     async def _sampled(self, name: str) -> pa.Table:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
@@ -140,9 +141,8 @@ class Evaluation:
 
     def _write(self, name: str, table: pa.Table) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._path(name + ".partial")
-        pq.write_table(table, aside)
-        os.replace(aside, self._path(name))
+        with replacing(self._path(name)) as aside:
+            pq.write_table(table, aside)
 
 
 async def _answer(service: Member, requests: list[ScoreRequest]) -> list[ScoreResult]:

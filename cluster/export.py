@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -25,7 +29,24 @@ def export_run(
     source = yaml.safe_load((run_dir / "config.yaml").read_text())["policy"]
     from learner.hf_folder import export_checkpoint
 
-    export_checkpoint(checkpoint.learner, source, out, dtype)
+    # "." has no name, and what a link leads to is the folder.
+    _write(out.resolve(), lambda path: export_checkpoint(checkpoint.learner, source, path, dtype))
+
+
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    """Into a folder beside `out` first. Into one that is there its files are moved: it may be where
+    somebody stands."""
+    aside = out.with_name(f"{out.name}.{os.getpid()}.export")
+    try:
+        write(aside)
+        if out.exists():
+            for file in aside.iterdir():
+                file.rename(out / file.name)
+        else:
+            aside.rename(out)
+    finally:
+        for left in out.parent.glob(f"{glob.escape(aside.name)}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> checkpoints.Checkpoint:
@@ -35,7 +56,7 @@ def _checkpoint(run_dir: Path, step: int | None) -> checkpoints.Checkpoint:
             why = "; ".join(problems) or "none yet"
             raise BadInput(f"{run_dir}: no intact checkpoint ({why}); go on with the run first")
         return found
-    path = run_dir / "checkpoints" / f"step-{step:06d}"
+    path = checkpoints.folder_of(run_dir, step)
     if problem := checkpoints.damage(path):
         raise BadInput(f"{problem}; see `raylign status` for the steps there are")
     return checkpoints.Checkpoint(path, step)

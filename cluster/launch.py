@@ -45,11 +45,12 @@ from cluster.learner_group import LearnerGroup, LearnerLost
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
 from cluster.memory import checkpoint_bytes
-from cluster.metrics import MetricsWriter, RayMetricsSink
+from cluster.metrics_writer import MetricsWriter, RayMetricsSink
 from cluster.placement import Host, InProcessHost, Member
 from cluster.reward_watch import watch_rewards
 from cluster.run import Run
 from cluster.run_files import RunFiles
+from cluster.run_lock import one_driver
 from cluster.scale import scaled, watch_scale
 from cluster.stop import abandon, ask_to_stop
 from cluster.summary import finish
@@ -70,7 +71,7 @@ def run_ppo(
 ) -> int:
     """The `train` command: check, launch, train, report. Returns the exit code."""
     started = _process_start()
-    with hosting(config, in_process=in_process) as open_host:
+    with one_driver(config.run_dir), hosting(config, in_process=in_process) as open_host:
         files = RunFiles(config)
         files.check(resume=resume, overwrite=overwrite)
         if resume:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster import json_lines
 from cluster.config import BadInput, RunConfig
 from cluster.disk import free_bytes
 from cluster.doctor import Inputs, longest_sequence
@@ -135,10 +136,10 @@ def _time(config: RunConfig, inputs: Inputs) -> str:
 
 
 def _step_seconds(path: Path) -> Iterator[float]:
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError):  # a kill may have cut a line short
-                yield float(json.loads(line)["time/step_s"])
+    with contextlib.suppress(ValueError):  # of a run that is damaged nothing is known
+        for row in json_lines.read(path):
+            if "time/step_s" in row:
+                yield float(row["time/step_s"])
 
 
 # ---- roles

@@ -89,8 +89,9 @@ def _recorded(refused: StepRefused, version: int) -> dict[str, object]:
 
 def _next(folder: Path, step: int) -> Path:
     """A name that no bundle has: what was refused before stays as evidence."""
-    taken = [int(path.name.rpartition("-")[2]) for path in folder.glob(f"step-{step:06d}-*[0-9]")]
-    return folder / f"step-{step:06d}-{max(taken, default=0) + 1}"
+    name = checkpoints.step_name(step)
+    taken = [int(path.name.rpartition("-")[2]) for path in folder.glob(f"{name}-*[0-9]")]
+    return folder / f"{name}-{max(taken, default=0) + 1}"
 
 
 def _oldest_first(folder: Path) -> list[Path]:

@@ -14,10 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from cluster import dropped
 from cluster import report_charts as charts
+from cluster.held_out import changed_samples
 from cluster.live_view import duration
 from cluster.metrics import METRICS, metric
 from cluster.redaction import escaped
+from cluster.replace_file import replace_text
 from cluster.report_charts import Series, number
 from cluster.report_layout import BANDS, SECTIONS, STYLE, TILES, Tile
 from cluster.run_status import (
@@ -31,15 +34,14 @@ from cluster.run_status import (
 
 MAX_ROWS = 200  # of a table; the files have the rest
 MAX_SAMPLES = 8
+FEW_SAMPLES = 4  # of a run without a summary
 
 
 def write_report(run_dir: Path) -> Path:
     """Writes report.html into the folder of the run, whole or not at all; returns its path."""
     run = read_run(run_dir)
     path = run.run_dir / "report.html"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(_page(run), encoding="utf-8")
-    draft.replace(path)
+    replace_text(path, _page(run))
     return path
 
 
@@ -193,21 +195,12 @@ def _averages(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _samples(run: RunRecord, evaluations: list[Evaluation]) -> str:
-    samples = run.summary.get("samples") or _paired(evaluations)
-    cards = "".join(_sample(i, sample) for i, sample in enumerate(samples[:MAX_SAMPLES], 1))
+    samples = run.summary.get("samples")
+    if not samples and len(evaluations) == 2:
+        (_, before), (_, after) = evaluations
+        samples = changed_samples(before, after, FEW_SAMPLES)
+    cards = "".join(_sample(i, sample) for i, sample in enumerate((samples or [])[:MAX_SAMPLES], 1))
     return f"<h2>Completions before and after</h2>{cards}" if cards else ""
-
-
-def _paired(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
-    if len(evaluations) < 2:
-        return []
-    after = {row["prompt_id"]: row for row in reversed(evaluations[1][1])}
-    return [
-        {"prompt": row["prompt"], "before": row["completion"], "judge_before": row["judge_score"],
-         "after": later["completion"], "judge_after": later["judge_score"]}
-        for row in evaluations[0][1][:4]
-        if (later := after.get(row["prompt_id"]))
-    ]  # fmt: skip
 
 
 def _sample(index: int, sample: Mapping[str, Any]) -> str:
@@ -259,7 +252,7 @@ def _happened(run: RunRecord) -> str:
         (d.get("reason"), d.get("prompt_id"), d.get("epoch"), d.get("sample_index"))
         for d in run.dropped[:MAX_ROWS]
     ]
-    reasons = ", ".join(f"{n} {reason}" for reason, n in run.drop_reasons.most_common()) or "none"
+    reasons = dropped.in_words(run.dropped) or "none"
     table = _table(("reason", "prompt", "epoch", "sample"), drops) if drops else ""
     return (
         f'<h2>Events</h2><div class="two"><div class="card scroll">{events}'

@@ -64,6 +64,12 @@ TILES = (
     Tile("Accuracy", "reward_model/accuracy", format="{:.0%}"),
 )
 
+# The events that are marked in the table of them: what was lost, refused or given up.
+ALARMS = {
+    "checkpoint_failed", "generator_lost", "learner_lost", "reward_lost", "scale_failed",
+    "step_refused", "warning",
+}  # fmt: skip
+
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1b2330;--muted:#667085;--rule:#e4e7ec;
 --c0:#2f6fde;--c1:#e07b39;--c2:#2a9d78;--c3:#9a5fc9;--c4:#c9a227;--c5:#8a94a6;
@@ -109,7 +115,6 @@ table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:6px 12px;border-bottom:1px solid var(--rule);vertical-align:top}
 th{color:var(--muted);font-weight:600;position:sticky;top:0;background:var(--card)}
 td{font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
-tr.warning td,tr.generator_died td{color:var(--bad)}
 td:not(:last-child){white-space:nowrap}
 details{margin-top:12px}summary{cursor:pointer;padding:10px 16px;font-weight:600}
 pre{margin:0;padding:0 16px 16px;overflow:auto;font-size:13px}
@@ -119,3 +124,4 @@ pre{margin:0;padding:0 16px 16px;overflow:auto;font-size:13px}
 .none{color:var(--muted)}
 @media print{.card,.tile{break-inside:avoid}}
 """
+STYLE += ",".join(f"tr.{event} td" for event in sorted(ALARMS)) + "{color:var(--bad)}\n"

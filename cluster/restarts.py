@@ -4,12 +4,12 @@ it failed or was killed.
 Only a run that failed (exit code 3) or whose process died is started again (of a driver whose own
 machine's part of the cluster is gone, Ray makes exit code 1). Bad input, a stop that was asked for and
 the end are passed on. A driver that does nothing any more is killed first: once it is up it writes its
-heartbeat into status.json, whatever it waits for.
+heartbeat into status.json, whatever it waits for. How long it has been silent is measured here, from when
+the heartbeat was seen to change: the clock it is written by may be set.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from cluster.heartbeat import STATUS
 from cluster.processes import stack_of
+from cluster.replace_file import read_object
 
 CHECK_S = 1.0
 LEAST_HEARTBEAT_S = 10.0  # two beats
@@ -70,9 +72,10 @@ class _Attempt:
     """One child process. Signals that ask for a stop are passed on to it."""
 
     def __init__(self, words: list[str], run_dir: Path, heartbeat_s: float, start_s: float) -> None:
-        self._status = run_dir / "status.json"
+        self._status = run_dir / STATUS
         self._heartbeat_s, self._start_s = heartbeat_s, start_s
-        self._started = time.time()
+        self._beat: float | None = None  # the last one
+        self._moved_at = time.monotonic()
         self.stopped_by: int | None = None  # the signal's number
         self._process = subprocess.Popen([*TRAIN, *words])
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -91,18 +94,17 @@ class _Attempt:
 
     def _watch(self) -> None:
         """End it if it has been silent for too long."""
-        beat = self._last_beat()
-        silent_s = time.time() - (beat or self._started)
-        if silent_s > (self._heartbeat_s if beat else self._start_s):
+        now, beat = time.monotonic(), self._last_beat()
+        if beat is not None and beat != self._beat:
+            self._beat, self._moved_at = beat, now
+        silent_s = now - self._moved_at
+        if silent_s > (self._start_s if self._beat is None else self._heartbeat_s):
             self._end(silent_s)
 
-    def _last_beat(self) -> float:
-        """Of this attempt; 0 before the first."""
-        try:
-            beat = json.loads(self._status.read_text()).get("heartbeat_at") or 0.0
-        except (OSError, ValueError):
-            return 0.0
-        return beat if beat > self._started else 0.0
+    def _last_beat(self) -> float | None:
+        """Of this attempt; None before the first."""
+        status = read_object(self._status)
+        return status.get("heartbeat_at") if status.get("pid") == self._process.pid else None
 
     def _end(self, silent_s: float) -> None:
         import asyncio

@@ -14,7 +14,7 @@ from cluster.config import RunConfig
 from cluster.evaluation import Evaluated, Evaluation
 from cluster.learner_group import LearnerGroup
 from cluster.live_view import LiveView
-from cluster.metrics import MetricsWriter
+from cluster.metrics_writer import MetricsWriter
 from cluster.placement import Host, Member, RoleFailed
 from cluster.role_meter import Interval, RoleMeter
 from cluster.run_files import RunFiles

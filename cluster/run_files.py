@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from threading import Event, Lock, Thread
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from cluster.checkpoints import RUN_ID, run_id
+from cluster import json_lines
+from cluster.checkpoints import RUN_ID, run_id, step_of
 from cluster.config import BadInput, RunConfig, StageConfig
-from cluster.heartbeat import goes_on, here
+from cluster.heartbeat import BEAT_S, STATUS, goes_on, here
 from cluster.redaction import printable
+from cluster.replace_file import read_object, replace_text
+from cluster.run_lock import at_this_run
 
 SAID = {"error", "message", "reason", "stack", "replay"}
 
@@ -30,6 +32,7 @@ class RunFiles:
         self.folder = config.run_dir
         self._config = config
         self._facts: dict[str, Any] = {}
+        self._one_writes = Lock()  # of status.json
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """BadInput if there is a run and neither `resume` nor `overwrite`, or none to resume."""
@@ -46,21 +49,27 @@ class RunFiles:
             )
         if resume and not exists:
             raise BadInput(f"{self.folder}: no run to resume; leave --resume out")
+        if exists and overwrite and self.folder.is_symlink():
+            raise BadInput(
+                f"{self.folder}: a symbolic link, to {self.folder.resolve()}; --overwrite deletes no link: "
+                "remove it, or name=... makes another"
+            )
         if exists:
             self._refuse_a_second_driver()
 
     def _refuse_a_second_driver(self) -> None:
         """Two would undo each other's files and checkpoints."""
-        path = self.folder / "status.json"
-        status = json.loads(path.read_text()) if path.is_file() else {}
-        if goes_on(status):
-            raise BadInput(
-                f"{self.folder}: process {status['pid']} on {status['host']} is at this run; stop it first "
-                f"(kill {status['pid']}, or stop its job), or name=... makes another"
-            )
+        path = self.folder / STATUS
+        status = read_object(path)
+        ours = here().items() <= status.items()
+        if not ours and goes_on(status, path):
+            who = at_this_run(status["pid"], status["host"])
+            raise BadInput(f"{self.folder}: {who}, or name=... makes another")
 
     def create(self, *, overwrite: bool) -> None:
-        """Make the folder, or BadInput."""
+        """Make the folder, or BadInput; also if another driver has come since `check`."""
+        if self._exists():
+            self._refuse_a_second_driver()
         try:
             if overwrite and self._exists():
                 shutil.rmtree(self.folder)
@@ -97,56 +106,63 @@ class RunFiles:
     def status(self, state: str, **facts: Any) -> None:
         """Facts not given stay as they were."""
         stage = getattr(self._config, "stage", "")
-        self._facts |= {"state": state, "stage": stage, **here(), **facts}
-        self._replace("status.json", {**self._facts, "updated_at": time.time()})
+        self._say({"state": state, "stage": stage, **here(), **facts})
 
     async def beat(self, every_s: float) -> None:
         """Say in status.json, again and again, that this process turns. Never ends."""
         while True:
-            self._facts["heartbeat_at"] = time.time()
-            with contextlib.suppress(OSError):  # a full disk is for others to name
-                self._replace("status.json", {**self._facts, "updated_at": time.time()})
+            self._beat()
             await asyncio.sleep(every_s)
+
+    @contextlib.contextmanager
+    def beating(self, every_s: float = BEAT_S) -> Iterator[None]:
+        """`beat`, from a thread, for one whose own is at work."""
+        over = Event()
+
+        def beat() -> None:
+            self._beat()
+            while not over.wait(every_s):
+                self._beat()
+
+        thread = Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(every_s)
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk is for others to name
+            self._say({"heartbeat_at": time.time()})
+
+    def _say(self, facts: dict[str, Any]) -> None:
+        """Often, so not durably: if the machine fails, what this says is out of date anyhow."""
+        with self._one_writes:
+            self._facts |= facts
+            said = {**self._facts, "updated_at": time.time()}
+            self._replace(STATUS, said, durable=False)
 
     def summary(self, summary: dict[str, Any]) -> None:
         self._replace("summary.json", summary)
 
     def num_dropped(self) -> int:
-        path = self.folder / "dropped.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+        return json_lines.count(self.folder / "dropped.jsonl")
 
     def rewind(self, step: int, num_dropped: int) -> None:
         """Withdraw what a run did after its checkpoint of `step`, before it goes on from there."""
         for path in (self.folder / "trajectories").glob("step-*.parquet"):
-            if int(path.stem.removeprefix("step-")) > step:
+            if step_of(path) > step:
                 path.unlink()
-        self._keep("dropped.jsonl", lambda number, _: number < num_dropped)
-        self._keep("events.jsonl", lambda _, event: event.get("step", 0) <= step)
-
-    def _keep(self, name: str, wanted: Callable[[int, dict[str, Any]], bool]) -> None:
-        path = self.folder / name
-        if path.exists():
-            # A line without an end is one that a kill cut short.
-            lines = [line for line in path.open() if line.endswith("\n")]
-            kept = [line for i, line in enumerate(lines) if wanted(i, json.loads(line))]
-            self._replace_text(name, "".join(kept))
+        json_lines.keep(self.folder / "dropped.jsonl", lambda place, _: place < num_dropped)
+        json_lines.keep(self.folder / "events.jsonl", lambda _, event: event.get("step", 0) <= step)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(_without_secrets(row)) + "\n")
+        json_lines.append(self.folder / name, _without_secrets(row))
 
-    def _replace(self, name: str, content: dict[str, Any]) -> None:
-        self._replace_text(name, json.dumps(_without_secrets(content), indent=1))
-
-    def _replace_text(self, name: str, text: str) -> None:
-        replace_text(self.folder / name, text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file's text: a reader finds the old text or the new one."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    os.replace(aside, path)
+    def _replace(self, name: str, content: dict[str, Any], *, durable: bool = True) -> None:
+        text = json.dumps(_without_secrets(content), indent=1)
+        replace_text(self.folder / name, text, durable=durable)
 
 
 def _without_secrets(row: dict[str, Any]) -> dict[str, Any]:

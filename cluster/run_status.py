@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from cluster import dropped, json_lines
+from cluster.checkpoints import step_of
 from cluster.config import BadInput
-from cluster.heartbeat import GOING_ON, goes_on
+from cluster.heartbeat import GOING_ON, STATUS, goes_on
 from cluster.live_view import duration, figures
-from cluster.metrics import read_json_lines
 from cluster.redaction import printable
+from cluster.replace_file import read_object
 
 Evaluation = tuple[str, list[dict[str, Any]]]  # label, rows of the Parquet file
 LAST_EVENTS = 8
@@ -35,15 +36,15 @@ class RunRecord:
     checkpoints: list[int]
     config_text: str
 
-    @property
+    @cached_property  # from another machine it may take a while
     def state(self) -> str:
         """What the run wrote last, or "died" if it claims to go on and its process is gone."""
         state = self.status.get("state", "unknown")
-        return "died" if state in GOING_ON and not goes_on(self.status) else state
-
-    @property
-    def drop_reasons(self) -> Counter[str]:
-        return Counter(str(drop.get("reason", "unknown")) for drop in self.dropped)
+        return (
+            "died"
+            if state in GOING_ON and not goes_on(self.status, self.run_dir / STATUS)
+            else state
+        )
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -51,15 +52,15 @@ def read_run(run_dir: Path) -> RunRecord:
     if not run_dir.is_dir():
         raise BadInput(f"{run_dir}: no such run; give the folder of a run, e.g. runs/NAME")
     config = run_dir / "config.yaml"
-    if not config.is_file() and not (run_dir / "status.json").is_file():
+    if not config.is_file() and not (run_dir / STATUS).is_file():
         raise BadInput(f"{run_dir}: not a run (no config.yaml); give a folder such as runs/NAME")
     return RunRecord(
         run_dir=run_dir,
-        status=_read_object(run_dir / "status.json"),
-        summary=_read_object(run_dir / "summary.json"),
-        metrics=read_json_lines(run_dir / "metrics.jsonl"),
-        events=read_json_lines(run_dir / "events.jsonl"),
-        dropped=read_json_lines(run_dir / "dropped.jsonl"),
+        status=read_object(run_dir / STATUS),
+        summary=read_object(run_dir / "summary.json"),
+        metrics=json_lines.read(run_dir / "metrics.jsonl"),
+        events=json_lines.read(run_dir / "events.jsonl"),
+        dropped=json_lines.read(run_dir / "dropped.jsonl"),
         checkpoints=_checkpoint_steps(run_dir),
         config_text=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
@@ -69,7 +70,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
     """The first and the last evaluation of the run, as far as there are any."""
     files = sorted(Path(run_dir).glob("evaluation/step-[0-9]*[0-9].parquet"))
     return [
-        (f"{label}, step {_step(file)}", pq.read_table(file).to_pylist())
+        (f"{label}, step {step_of(file)}", pq.read_table(file).to_pylist())
         for label, file in zip(["before", "after"], files[:1] + files[1:][-1:], strict=False)
     ]
 
@@ -82,7 +83,7 @@ def status(run_dir: Path) -> str:
         *_row("last step", _last_step(run)),
         *_row("generators", str(run.status.get("generators", ""))),
         *_row("checkpoints", ", ".join(f"step {step}" for step in run.checkpoints) or "none"),
-        *_row("dropped", ", ".join(f"{n} {why}" for why, n in run.drop_reasons.items()) or "none"),
+        *_row("dropped", printable(dropped.in_words(run.dropped)) or "none"),
     ]
     events = [event for event in run.events if event.get("event") not in ROUTINE][-LAST_EVENTS:]
     lines += [
@@ -128,12 +129,4 @@ def _checkpoint_steps(run_dir: Path) -> list[int]:
     """Only complete ones: the manifest is written last."""
     manifests = run_dir.glob("checkpoints/step-*/manifest.json")
     folders = [path.parent for path in manifests if path.parent.suffix != ".partial"]
-    return sorted(_step(folder) for folder in folders)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return sorted(step_of(folder) for folder in folders)

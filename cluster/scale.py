@@ -23,7 +23,7 @@ from cluster.heartbeat import GOING_ON
 from cluster.learner_group import LearnerLost
 from cluster.memory import generators_need
 from cluster.placement import InProcessHost, RoleFailed
-from cluster.run_files import replace_text
+from cluster.replace_file import replace_text
 from cluster.run_status import read_run
 from cluster.shapes import read_shapes
 

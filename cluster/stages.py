@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cluster.config import BadInput, RewardRunConfig, SFTRunConfig, StageConfig
@@ -12,11 +16,13 @@ from cluster.gpus import check_gpus, gpu_bytes
 from cluster.hosting import hosting
 from cluster.learner_group import meet, met_at
 from cluster.live_view import LiveView
-from cluster.metrics import MetricsWriter, reduce_ranks
+from cluster.metrics import reduce_ranks
+from cluster.metrics_writer import MetricsWriter
 from cluster.model_folder import check_longest, model_config, policy_config
-from cluster.placement import Host, ask
+from cluster.placement import Host, Member, ask
 from cluster.report import write_report
 from cluster.run_files import RunFiles
+from cluster.run_lock import one_driver
 from cluster.versions import versions
 from learner.supervised_rows import load_supervised
 from reward_service.fast_import import fast_import
@@ -26,7 +32,7 @@ from reward_service.tokenizer import load_tokenizer
 
 def run_sft(config: SFTRunConfig, *, in_process: bool, overwrite: bool) -> Path:
     """Train, write runs/<name>/model, report. Returns the model's folder."""
-    with hosting(config, in_process=in_process) as open_host:
+    with one_driver(config.run_dir), hosting(config, in_process=in_process) as open_host:
         files = RunFiles(config)
         files.check(resume=False, overwrite=overwrite)
         _check_sft(config, in_process=in_process)
@@ -61,10 +67,7 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
         config.seed,
     )
     gpus = 1 if config.device == "cuda" else 0
-    ranks = [
-        host.start(f"sft-{rank}", SFTWorker, spec, rank, env=LEARNER_ENV, gpus=gpus)
-        for rank in range(config.learner.ranks)
-    ]
+    ranks: list[Member] = []
     out = files.folder / "model"
     timeout = config.learner.timeout_s
 
@@ -76,6 +79,9 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
     metrics: dict[str, float] = {}
     with _Progress(config, files) as progress:
         try:
+            for rank in range(config.learner.ranks):
+                name = f"sft-{rank}"
+                ranks.append(host.start(name, SFTWorker, spec, rank, env=LEARNER_ENV, gpus=gpus))
             rendezvous = await meet(ranks, host, files.folder, timeout)
             with met_at(rendezvous):
                 await everyone(lambda it: it.start, rendezvous)
@@ -91,6 +97,11 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
 
 def run_reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
     """Train on preference pairs, write runs/<name>/model, report. Returns the model's folder."""
+    with one_driver(config.run_dir):
+        return _reward_model(config, overwrite=overwrite)
+
+
+def _reward_model(config: RewardRunConfig, *, overwrite: bool) -> Path:
     files = RunFiles(config)
     files.check(resume=False, overwrite=overwrite)
     try:
@@ -143,23 +154,44 @@ class _Progress:
         self._files = files
         self._view: LiveView | None = None
         self._metrics = MetricsWriter(files.folder)
-        self._num_steps = 0
+        self._step, self._num_steps = 0, 0
+        self._open = ExitStack()
+        self._stopped_by: signal.Signals | None = None
 
     def __enter__(self) -> _Progress:
         print(f"{self._config.name}: loading the model", flush=True)
         self._files.status("starting", step=0, num_steps=0)
+        self._open.enter_context(self._files.beating())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # After ray.init, whose own would make the signal's number the exit code.
+            self._open.callback(signal.signal, number, signal.signal(number, self._stop))
         return self
 
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopped_by = signal.Signals(number)
+        raise SystemExit(128 + number)
+
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self._files.status("failed", step=0, num_steps=self._num_steps, error=str(error))
+        self._open.close()
+        if self._stopped_by is not None:  # `error` may be that of a task that it cancelled
+            self._say("stopped")
+            print(
+                f"{self._config.name}: stopped by {self._stopped_by.name} after {self._step} steps",
+                file=sys.stderr,
+            )
+        elif error is not None:
+            self._say("failed", error=str(error) or type(error).__name__)
         self._metrics.close()
         if self._view is not None:
             self._view.close()
 
+    def _say(self, state: str, **facts: Any) -> None:
+        with suppress(OSError):  # or a full disk would hide what failed
+            self._files.status(state, step=self._step, num_steps=self._num_steps, **facts)
+
     def step(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         """Write every step, show about twenty of them."""
-        self._num_steps = num_steps
+        self._step, self._num_steps = step, num_steps
         if self._view is None:
             self._view = LiveView(self._config.name, num_steps).__enter__()
             self._view.stage("training")

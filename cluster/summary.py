@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
-import pyarrow as pa
-
+from cluster import json_lines
+from cluster.held_out import changed_samples
 from cluster.report import write_report
 from cluster.run import Run
 from cluster.versions import versions
@@ -56,32 +55,17 @@ def _held_out(run: Run) -> dict[str, Any]:
         "score_after": last["reward_mean"],
         "kl_to_ref": last.get("kl_to_ref"),
         "kl_to_ref_before": first.get("kl_to_ref"),
-        "samples": _samples(
-            before, after, run.config.evaluation.show if run.config.evaluation else 0
+        "samples": changed_samples(
+            before.to_pylist(),
+            after.to_pylist(),
+            run.config.evaluation.show if run.config.evaluation else 0,
         ),
     }
 
 
 def _evaluation_events(run: Run) -> list[dict[str, Any]]:
-    lines = (run.files.folder / "events.jsonl").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line))["event"] == "evaluation"]
-
-
-def _samples(before: pa.Table, after: pa.Table, count: int) -> list[dict[str, Any]]:
-    """Held-out prompts whose completion changed, spread evenly over the file; not picked by score."""
-    rows = zip(before.to_pylist(), after.to_pylist(), strict=True)
-    changed = [pair for pair in rows if pair[0]["completion"] != pair[1]["completion"]]
-    stride = max(1, len(changed) // count)
-    return [
-        {
-            "prompt": old["prompt"],
-            "before": old["completion"],
-            "after": new["completion"],
-            "judge_before": old["judge_score"],
-            "judge_after": new["judge_score"],
-        }
-        for old, new in changed[::stride][:count]
-    ]
+    events = json_lines.read(run.files.folder / "events.jsonl")
+    return [event for event in events if event["event"] == "evaluation"]
 
 
 def comparison_lines(summary: dict[str, Any]) -> list[str]:

@@ -201,6 +201,13 @@ def over_a_run(world: World, _: pytest.MonkeyPatch) -> list[str]:
     return ["train", run_config(world, {})]
 
 
+def over_a_link(world: World, _: pytest.MonkeyPatch) -> list[str]:
+    folder = begun_run(world)
+    folder.rename(world.folder / "elsewhere")
+    folder.symlink_to(world.folder / "elsewhere")
+    return ["train", run_config(world, {}), "--overwrite"]
+
+
 def while_it_goes_on(*given: str) -> Prepare:
     def begin(world: World, _: pytest.MonkeyPatch) -> list[str]:
         said = {"state": "running", "pid": 7, "host": "another", "heartbeat_at": time.time()}
@@ -290,6 +297,9 @@ TRAIN = {name: of_case(case) for name, case in CASES.items()} | {
         with_a_file_for_runs, ("runs_dir", "no folder that can be written to")
     ),
     "a name that has a run": Kind(over_a_run, ("runs/tiny", "--resume", "--overwrite", "name=")),
+    "overwriting a link": Kind(
+        over_a_link, ("runs/tiny", "symbolic link, to", "elsewhere", "remove it", "name=")
+    ),
     "resuming a run that goes on": Kind(
         while_it_goes_on("--resume"),
         ("runs/tiny", "process 7 on another", "stop it first", "name="),
@@ -346,6 +356,10 @@ USAGE = {
         words("export", "a", "b", "--step", "soon"), ("--step", "raylign export --help")
     ),
     "a word too many": Kind(words("status", "a", "b"), ("b", "raylign status --help")),
+    "a value that is a date and none": Kind(
+        lambda world, _: ["train", run_config(world, {}), "name=2024-99-99"],
+        ("'name=2024-99-99'", "quote it"),
+    ),
     "restarts below zero": Kind(
         words("train", "x.yaml", "--max-restarts", "-1"), ("--max-restarts", "--help")
     ),
@@ -360,6 +374,22 @@ FILES: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "a config with a key that stands twice": (
         "stage: train\nname: x\nname: y",
         ("not YAML", "name stands twice", "line 3"),
+    ),
+    "a config with a date that is none": (
+        "stage: train\nname: 2024-99-99",
+        ("name: 2024-99-99", "looks like timestamp", "line 2", "quote it"),
+    ),
+    "a config with a number that is none": (
+        "stage: train\nsampling: {stop: [0x_]}",
+        ("sampling: {stop: [0x_]}", "0x_ looks like int", "line 2", "quote it"),
+    ),
+    "a config with too many digits": (
+        f"stage: train\nseed: {'9' * 5000}",
+        ("99 looks like int", "line 2"),
+    ),
+    "a config that is nested too deeply": (
+        "name: " + "[" * 3000,
+        ("not YAML", "nested too deeply", "fix the file"),
     ),
 }
 
@@ -478,7 +508,7 @@ OTHERS = {
         ("runs/tiny: this run does not go on now (finished)", "--resume generators.count=3"),
     ),
     "another number of generators for a run that died": Kind(
-        scaling({"state": "running", "pid": 1, "host": "another", "heartbeat_at": 0.0}),
+        scaling({"state": "running", "pid": 1, "host": "another"}),
         ("runs/tiny: this run does not go on now (died)", "--resume generators.count=3"),
     ),
     "another number of generators for a run that repeats": Kind(

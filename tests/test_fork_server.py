@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster import fork_server
 from cluster.fork_server import ForkServer
 
 # Small modules in place of torch and vLLM.
@@ -167,3 +169,43 @@ def test_the_server_ends_with_the_process_that_started_it(script: Path) -> None:
     driver.kill()
     driver.wait(10)
     assert all(gone(one.pid) for one in (trunk, *branches))
+
+
+def test_a_long_name_of_the_temporary_folder_does_not_hinder_it(
+    tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a socket has a limit."""
+    folder = tmp_path / ("x" * 110)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    ForkServer(os.pathsep.join([os.getcwd(), *sys.path[1:]]), {"trunk": ()}).close()
+
+
+KILLED = """
+import os, signal, sys
+from cluster.fork_server import ForkServer
+server = ForkServer(os.getcwd(), {"trunk": ()})
+print(server._folder.name, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_driver_left_is_removed_by_the_next_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(fork_server, "YOUNG_S", 0.0)
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    words = [sys.executable, "-c", KILLED]
+    told = subprocess.run(words, env=environment, capture_output=True, text=True)
+    left = Path(told.stdout.strip())
+    assert left.is_dir()
+    alive = ForkServer(os.getcwd(), {"trunk": ()})
+    assert not left.exists()
+    another = ForkServer(os.getcwd(), {"trunk": ()})
+    assert len(list(folder.iterdir())) == 2
+    alive.close()
+    another.close()
+    assert list(folder.iterdir()) == []
+    folder.rmdir()

@@ -29,10 +29,11 @@ from cluster.audit import audit
 from cluster.config import RunConfig
 from cluster.config_file import load_config
 from cluster.doctor import check_inputs
+from cluster.json_lines import read as read_json_lines
 from cluster.learner_group import LearnerGroup
 from cluster.ledger import Ledger
 from cluster.live_view import LiveView
-from cluster.metrics import MetricsWriter, read_json_lines
+from cluster.metrics_writer import MetricsWriter
 from cluster.placement import InProcessHost, Member, RoleFailed
 from cluster.roles import LearnerRole
 from cluster.run import Run

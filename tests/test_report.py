@@ -24,9 +24,11 @@ from cluster.heartbeat import here
 from cluster.metrics import METRICS
 from cluster.report import write_report
 from cluster.report_charts import Series
+from cluster.report_layout import ALARMS, STYLE
 from cluster.run_status import status
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> &amp; \x1b[2J"
+ROOT = Path(__file__).parents[1]
 VOID = {"meta", "br", "img"}
 
 
@@ -295,3 +297,36 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
             refused(tmp_path / "nothing")
         with pytest.raises(BadInput, match="not a run"):
             refused(tmp_path)
+
+
+def test_of_many_drops_the_most_common_reasons_are_told_and_how_many_others(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path)
+    drops = [
+        {"prompt_id": f"p{i}", "epoch": 0, "sample_index": 1, "time": 0.0,
+         "reason": f"no score after 3 attempts: p{i}-e0-1: score is nan"}
+        for i in range(5000)
+    ]  # fmt: skip
+    others = [{**drop, "reason": f"error {i} " + "x" * 999} for i, drop in enumerate(drops[:50])]
+    write_lines(run / "dropped.jsonl", [*others, *drops])
+    (line,) = [line for line in status(run).splitlines() if line.startswith("dropped")]
+    told = "5000 no score after 3 attempts: score is nan, 1 error 0 xxx"
+    assert line.removeprefix("dropped").strip().startswith(told)
+    assert line.endswith("..., and 41 for other reasons")
+    assert len(line) < 3000
+    seen = page(run).text
+    assert told in seen
+    assert "and 41 for other reasons" in seen
+
+
+def test_the_events_that_the_report_marks_are_ones_that_a_run_writes() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "cluster").glob("*.py"))
+    written = set(re.findall(r'(?:event|on_event)\(\s*"(\w+)"', sources))
+    assert {"generator_lost", "run_started"} <= written
+    assert set(ALARMS) <= written
+    assert "warning" in ALARMS
+    for event in ALARMS:
+        assert f"tr.{event} td" in STYLE
+    assert {event for event in written if re.search("lost|failed|refused", event)} <= ALARMS
+    assert set(re.findall(r"tr\.(\w+)", STYLE)) == ALARMS

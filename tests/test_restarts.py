@@ -26,16 +26,25 @@ with calls.open("a") as file:
 act = json.loads((folder / "plan.json").read_text())[number]
 (folder / "config.yaml").write_text("")
 if act == "never up":
-    time.sleep(60)
-if act == "stuck":
-    (folder / "status.json").write_text(json.dumps({"heartbeat_at": time.time()}))
-    time.sleep(60)
+    time.sleep(20)
+def beat(at):
+    aside = folder / "aside.json"
+    aside.write_text(json.dumps({"pid": os.getpid(), "heartbeat_at": at}))
+    aside.replace(folder / "status.json")
+if str(act).startswith("stuck"):
+    beat(time.time() + (3600 if act == "stuck, ahead" else 0))
+    time.sleep(20)
+if act == "beats, the clock set back":
+    for n in range(30):
+        beat(time.time() - 3600 * (n > 0))
+        time.sleep(0.1)
+    sys.exit(0)
 if str(act).startswith("until a signal"):
     handlers = {", then 3": lambda *_: sys.exit(3), ", without a handler": signal.SIG_DFL}
     handler = handlers.get(act.removeprefix("until a signal"), lambda *_: sys.exit(143))
     signal.signal(signal.SIGTERM, handler)
     (folder / "ready").write_text("")
-    time.sleep(60)
+    time.sleep(20)
 if act == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(act)
@@ -100,10 +109,12 @@ def test_after_so_many_restarts_it_has_failed(
     assert "restarted 2 times; given up" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["stuck", "stuck, ahead"])
 def test_a_driver_that_stopped_beating_is_ended_and_its_stack_shown(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, capfd: pytest.CaptureFixture[str], how: str
 ) -> None:
-    assert ended(folder, "stuck", 0, heartbeat_s=0.5) == 0
+    """Also one whose last beat was before a clock was set back."""
+    assert ended(folder, how, 0, heartbeat_s=0.5) == 0
     said = capfd.readouterr().err
     assert "has not moved" in said
     assert "Thread" in said
@@ -113,6 +124,21 @@ def test_a_driver_that_stopped_beating_is_ended_and_its_stack_shown(
 def test_a_driver_that_never_came_to_beat_is_ended_too(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    assert ended(folder, "never up", 0, start_s=2.0) == 0
+    assert "has not moved" in capfd.readouterr().err
+    assert calls(folder) == [FIRST, AGAIN]
+
+
+def test_a_clock_that_is_set_ends_no_driver_that_beats(folder: Path) -> None:
+    assert ended(folder, "beats, the clock set back", heartbeat_s=1.5, start_s=1.5) == 0
+    assert calls(folder) == [FIRST]
+
+
+def test_what_an_earlier_process_has_written_is_no_beat_of_this_one(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status = {"pid": 1, "heartbeat_at": time.time() + 3600}
+    (folder / "status.json").write_text(json.dumps(status))
     assert ended(folder, "never up", 0, start_s=2.0) == 0
     assert "has not moved" in capfd.readouterr().err
     assert calls(folder) == [FIRST, AGAIN]

@@ -14,7 +14,9 @@ from cluster.checkpoints import run_id
 from cluster.config import BadInput, RunConfig
 from cluster.config_file import load_config
 from cluster.dropped import rolled_out, too_long
+from cluster.report import write_report
 from cluster.run_files import RunFiles
+from cluster.run_status import status as status_of
 from tests import tiny
 
 
@@ -103,6 +105,17 @@ def test_a_status_keeps_the_facts_that_are_not_given_anew(files: RunFiles) -> No
     assert (status["state"], status["step"], status["num_steps"]) == ("failed", 3, 9)
     assert (status["pid"], status["stage"]) == (os.getpid(), "train")
     assert not list(files.folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("left", ["", '{"state": "runn', "[]"])
+def test_a_status_that_a_machines_failure_left_unreadable_hinders_nothing(
+    files: RunFiles, left: str
+) -> None:
+    for name in ("status.json", "summary.json"):
+        (files.folder / name).write_text(left)
+    files.check(resume=True, overwrite=False)
+    assert status_of(files.folder).startswith("tiny: unknown")
+    assert write_report(files.folder).is_file()
 
 
 def test_a_drop_is_a_line_a_sample_and_what_was_too_long_is_in_no_epoch(files: RunFiles) -> None:
