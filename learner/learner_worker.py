@@ -21,6 +21,7 @@ from torch import Tensor
 from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner import checkpoint
 from learner.batch import TrajectoryBatch
+from learner.freed_memory import keep_freed_memory
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
 from learner.packing import PackedRows, unpack
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
@@ -70,6 +71,8 @@ class LearnerWorker:
         )
         if rendezvous.file and mesh.device_type == "cpu":  # the ranks share a machine
             use_shared_memory([models.policy, models.reference, models.value])
+        if mesh.device_type == "cpu":
+            keep_freed_memory()
         # Loading drew numbers on rank 0 alone; a checkpoint keeps one random state for all ranks.
         torch.manual_seed(spec.seed)
         self._share = Share(
