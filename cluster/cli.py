@@ -83,7 +83,7 @@ def train(
         )
     if in_process:
         _one_process(loaded)
-    from cluster.launch import run_ppo
+    from cluster.ppo import run_ppo
 
     sys.exit(
         run_ppo(

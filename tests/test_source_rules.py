@@ -21,7 +21,7 @@ RUNS_WHAT_IT_IS_GIVEN = {
     "cluster/fork_client.py:main": "Python itself, as Ray would have run it",
     "cluster/fork_server.py:_import": "its own list of modules",
     "cluster/fork_server.py:_become": "the script that Ray starts its workers with",
-    "learner/checkpoint.py:load": "cluster/launch.py has verified digests and run_id",
+    "learner/checkpoint.py:load": "cluster/ppo.py has verified digests and run_id",
     "learner/hf_folder.py:export_checkpoint": "cluster/export.py has verified the digests",
     "reward_service/sandbox_child.py:start": "code that a model wrote, isolated by then",
     "reward_service/rules.py:load_function": "the user's own reward function, named in the config",
