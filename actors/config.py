@@ -38,9 +38,8 @@ class GeneratorsConfig(StrictModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_model_len: PositiveInt = 512
     max_num_seqs: PositiveInt = 64  # completions that decode together in one engine
-    kv_cache_bytes: PositiveInt | None = (
-        None  # None: vLLM's share of a GPU's memory; required on CPU
-    )
+    # None: vLLM's share of a GPU's memory; required on CPU.
+    kv_cache_bytes: PositiveInt | None = None
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)  # GPU only
     weight_update: Literal["in_flight", "drained"] = "in_flight"
     # CPU only. packed: each engine keeps a copy of its own, in the format it samples fastest from.

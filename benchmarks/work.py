@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -207,8 +208,16 @@ def header(*packages: str) -> None:
     versions = "  ".join(f"{name} {version(name)}" for name in ("torch", "ray", *packages))
     script = os.path.relpath(sys.argv[0], ROOT)
     print(f"command: {shlex.join(['python', script, *sys.argv[1:]])}")
-    print(f"machine: {os.cpu_count()} cores, {platform.processor() or platform.machine()}")
+    print(f"machine: {os.cpu_count()} cores, {processor()}")
     print(f"versions: Python {platform.python_version()}  {versions}", flush=True)
+
+
+def processor() -> str:
+    """Its name, and of its instructions those that the figures depend on most."""
+    told = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*:\s*(.+)", told)
+    has = [one for one in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f" {one} " in told]
+    return f"{name[1] if name else platform.machine()} ({', '.join(has)})"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -68,14 +68,14 @@ BOUNDS = {"float32": Bounds(1e-4, 1e-2, 1e-4), "bfloat16": Bounds(0.05, 1.0, 1.0
 
 
 class WarnConfig(StrictModel):
-    kl_to_ref: PositiveFloat = (
-        8.0  # nats a completion: above it, with a rising score, a warning is printed
-    )
+    # Nats a completion: above it, with a rising score, a warning is printed.
+    kl_to_ref: PositiveFloat = 8.0
 
 
 class StageConfig(StrictModel):
     """What every stage has."""
 
+    stage: str  # first, so that a file of another kind is told so before anything else
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: str = "runs"
     seed: int = Field(default=0, ge=0)
@@ -89,7 +89,6 @@ class StageConfig(StrictModel):
 class LearnerStageConfig(StageConfig):
     """What the stages with an FSDP learner, and so with a Ray, have."""
 
-    stage: str  # first, so that a file of another kind is told so before anything else
     # None: a Ray of its own (or the job's); "auto" or host:port: join that one
     ray_address: str | None = None
     num_steps: PositiveInt
@@ -153,6 +152,13 @@ class RunConfig(LearnerStageConfig):
     @property
     def prompts_per_step(self) -> int:
         return self.batch_size // self.sampling.samples_per_prompt
+
+    @property
+    def judge(self) -> RewardServiceConfig | None:
+        """Of the evaluation's own service; None if the reward's scores for it, too, or there is none."""
+        if self.evaluation is None or self.evaluation.scorer == self.reward.scorer:
+            return None
+        return RewardServiceConfig(scorer=self.evaluation.scorer)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

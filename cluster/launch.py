@@ -40,7 +40,6 @@ from cluster.placement import InProcessHost, Member
 from cluster.run import Run
 from cluster.run_files import RunFiles
 from cluster.supervisor import Supervisor
-from reward_service.config import RewardServiceConfig
 
 
 def wire(
@@ -105,11 +104,9 @@ def _evaluation(
     config = deployment.config
     if config.evaluation is None:
         return None
-    if config.evaluation.scorer == config.reward.scorer:
-        judge = rewards
-    else:
-        service = RewardServiceConfig(scorer=config.evaluation.scorer)
-        judge = deployment.reward_service("judge", service)
+    judge = rewards
+    if config.judge is not None:
+        judge = deployment.reward_service("judge", config.judge)
     return Evaluation(
         config.evaluation,
         deployment.inputs.held_out,

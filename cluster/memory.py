@@ -39,9 +39,8 @@ GPU_PROCESS = 2000 * MB  # on the host: the same libraries
 FLOAT32 = 4
 ITEM = {"float32": FLOAT32, "bfloat16": 2}
 MOMENTS = 2 * FLOAT32
-UNIT = (
-    32 << 20
-) // FLOAT32  # parameters that FSDP gathers together, at least (learner/sharding.py)
+# Parameters that FSDP gathers together, at least (learner/sharding.py).
+UNIT = (32 << 20) // FLOAT32
 LOGITS_AT_ONCE = 2  # chunks of [rows, vocabulary] alive together (benchmarks/results/learner.txt)
 
 
@@ -89,8 +88,7 @@ def microbatches(config: RunConfig, longest: int) -> int:
 
 def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:
     """Bytes on disk: weights and AdamW's two moments in float32, and a margin."""
-    separate = config.ppo.uses_critic and config.ppo.value_model == "separate"
-    return num_parameters * 14 * (2 if separate else 1)
+    return num_parameters * 14 * (2 if config.ppo.separate_critic else 1)
 
 
 def cache_needed(config: RunConfig, shape: Shape) -> int:
@@ -119,14 +117,13 @@ def generators_need(config: RunConfig, shape: Shape) -> Need:
 
 def _learner(config: RunConfig, shapes: Shapes, longest: int) -> Need:
     learner, ppo = config.learner, config.ppo
-    separate = ppo.uses_critic and ppo.value_model == "separate"
-    trained = shapes.policy.parameters + (shapes.value.trunk if separate else 0)
+    trained = shapes.policy.parameters + (shapes.value.trunk if ppo.separate_critic else 0)
     waiting = {
         "weights": FLOAT32 * (trained + shapes.reference.parameters) // learner.ranks,
         "gradients and AdamW": (FLOAT32 + MOMENTS) * trained // learner.ranks,
     }
     largest = max(shapes.policy, shapes.value, key=lambda shape: shape.parameters)
-    working = _working(config, largest if separate else shapes.policy, longest)
+    working = _working(config, largest if ppo.separate_critic else shapes.policy, longest)
     if microbatches(config, longest) > 1:  # summed over ranks with the last one only
         working["gradients not yet summed"] = FLOAT32 * trained
     state = (FLOAT32 + MOMENTS) * trained // learner.ranks
@@ -174,8 +171,8 @@ def activation_bytes(shape: Shape, item: int) -> int:
 def _services(config: RunConfig, shapes: Shapes, longest: int) -> list[Need]:
     """The reward service; and the judge, where it is another one."""
     services = {"reward": config.reward}
-    if config.evaluation is not None and config.evaluation.scorer != config.reward.scorer:
-        services["judge"] = RewardServiceConfig(scorer=config.evaluation.scorer)
+    if config.judge is not None:
+        services["judge"] = config.judge
     return [_service(config, name, it, shapes, longest) for name, it in services.items()]
 
 

@@ -42,7 +42,7 @@ def work(config: RunConfig, inputs: Inputs, shapes: Shapes) -> Work:
 
     ppo = config.ppo
     trained = forward(shapes.policy, head=True)
-    if ppo.uses_critic and ppo.value_model == "separate":
+    if ppo.separate_critic:
         trained += forward(shapes.value, head=False)
     anchors = 1 if ppo.anchor == "learner" else 0
     swept = forward(shapes.reference, head=True) + anchors * trained

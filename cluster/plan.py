@@ -172,8 +172,8 @@ def _who(config: RunConfig) -> dict[str, str]:
         "learner": f"{learner.ranks} x FSDP on {device}, {learner.dtype}",
         "reward": f"1 x {config.reward.scorer.kind} on {_place(config, config.reward.num_gpus)}",
     }
-    if config.evaluation is not None and config.evaluation.scorer != config.reward.scorer:
-        who["judge"] = f"1 x {config.evaluation.scorer.kind} on cpu"
+    if config.judge is not None:
+        who["judge"] = f"1 x {config.judge.scorer.kind} on cpu"
     return who
 
 

@@ -105,8 +105,7 @@ class RunFiles:
 
     def status(self, state: str, **facts: Any) -> None:
         """Facts not given stay as they were."""
-        stage = getattr(self._config, "stage", "")
-        self._say({"state": state, "stage": stage, **here(), **facts})
+        self._say({"state": state, "stage": self._config.stage, **here(), **facts})
 
     async def beat(self, every_s: float) -> None:
         """Say in status.json, again and again, that this process turns. Never ends."""

@@ -201,9 +201,8 @@ class _Progress:
             self._files.status("running", step=step, num_steps=num_steps)
 
     def finish(self, figures: dict[str, Any], started: float, out: Path) -> None:
-        stage = getattr(self._config, "stage", "")
         wall_s = round(time.time() - started, 1)
-        base = {"name": self._config.name, "stage": stage, "status": "finished"}
+        base = {"name": self._config.name, "stage": self._config.stage, "status": "finished"}
         self._files.summary(
             {**base, "seed": self._config.seed, "wall_s": wall_s, "versions": versions(), **figures}
         )

@@ -57,9 +57,8 @@ class KLConfig(StrictModel):
     # Default: loss for grpo, whose standardisation would blow up a penalty in the reward; else reward.
     where: Literal["reward", "loss"] | None = None
     target: PositiveFloat | None = None  # nats a completion; given: the coefficient adapts to it
-    horizon: PositiveInt = (
-        10000  # trajectories over which it adapts (Ziegler et al. 2019, section 2.2)
-    )
+    # Trajectories over which it adapts (Ziegler et al. 2019, section 2.2).
+    horizon: PositiveInt = 10000
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -104,9 +103,8 @@ class PPOConfig(StrictModel):
     entropy_coef: float = Field(default=0.0, ge=0)
     epochs: PositiveInt = 2
     minibatches: PositiveInt = 2
-    max_approx_kl: PositiveFloat | None = (
-        None  # beyond it the rest of a step's minibatches is skipped
-    )
+    # Beyond it the rest of a step's minibatches is skipped.
+    max_approx_kl: PositiveFloat | None = None
     anchor: Literal["learner", "behavior"] = "learner"
     behavior_ratio_cap: float | None = Field(default=None, ge=1)  # truncated importance correction
     refuse: RefuseConfig = RefuseConfig()
@@ -114,14 +112,18 @@ class PPOConfig(StrictModel):
     ptx: PtxConfig | None = None
     policy: OptimizerConfig = OptimizerConfig(lr=1e-6)
     value: OptimizerConfig = OptimizerConfig(lr=5e-6, decay="constant")
-    value_model: Literal["separate", "shared"] = (
-        "separate"  # own backbone, or a head on the policy's trunk
-    )
+    # Own backbone, or a head on the policy's trunk.
+    value_model: Literal["separate", "shared"] = "separate"
     value_init: str | None = None  # folder of the backbone; default: the policy's
 
     @property
     def uses_critic(self) -> bool:
         return self.advantage not in CRITIC_FREE
+
+    @property
+    def separate_critic(self) -> bool:
+        """Whether the critic has a backbone of its own."""
+        return self.uses_critic and self.value_model == "separate"
 
     @model_validator(mode="after")
     def _place_kl(self) -> Self:

@@ -56,17 +56,16 @@ class LearnerWorker:
         torch.manual_seed(spec.seed)
         mesh = join(rendezvous, self._rank, spec.learner.timeout_s)
         self._save_group = group_for_saves(spec.learner.timeout_s)
-        separate = ppo.uses_critic and ppo.value_model == "separate"
         models = Models(
             policy=load_policy(
                 spec.policy,
                 mesh,
                 spec.learner,
-                value_head=ppo.uses_critic and not separate,
+                value_head=ppo.uses_critic and not ppo.separate_critic,
             ),
             reference=load_policy(spec.reference, mesh, spec.learner, frozen=True),
             value=load_value_model(ppo.value_init or spec.policy, mesh, spec.learner)
-            if separate
+            if ppo.separate_critic
             else None,
         )
         if rendezvous.file and mesh.device_type == "cpu":  # the ranks share a machine
