@@ -21,6 +21,7 @@ from cluster.heartbeat import here
 def one_driver(run_dir: Path) -> Iterator[None]:
     """BadInput if another driver is at the run, whatever name the folder goes by."""
     path = _path(run_dir)
+    is_new = not path.parent.exists()
     file = _locked(path, run_dir)
     try:
         yield
@@ -28,6 +29,8 @@ def one_driver(run_dir: Path) -> Iterator[None]:
         if file is not None:
             with suppress(OSError):
                 path.unlink()
+                if is_new:
+                    path.parent.rmdir()  # if nothing was begun there
             os.close(file)
 
 

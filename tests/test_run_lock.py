@@ -69,7 +69,12 @@ def test_nothing_is_left_and_where_nothing_can_be_written_nothing_is_refused(
 ) -> None:
     with one_driver(tmp_path / "demo"):
         assert [path.name for path in tmp_path.iterdir()] == [".demo.lock"]
+    with one_driver(tmp_path / "runs/demo"):
+        pass
     assert list(tmp_path.iterdir()) == []
+    with one_driver(tmp_path / "runs/demo"):
+        (tmp_path / "runs/demo").mkdir()
+    assert (tmp_path / "runs/demo").is_dir()
     (tmp_path / "file").write_text("")
     with one_driver(tmp_path / "file/demo"):
         pass
