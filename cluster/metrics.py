@@ -63,6 +63,7 @@ METRICS: dict[str, Metric] = {
     "evaluation/reward_mean": Metric("mean", "held-out mean of the reward score"),
     "evaluation/kl_to_ref": Metric("mean", "held-out KL to the reference, nats a completion"),
     "sft/loss": Metric("mean", "cross-entropy of the completions, nats a token"),
+    "sft/held_out_loss": Metric("mean", "the same of all held-out rows"),
     "sft/tokens_per_s": Metric("sum", "tokens trained on a second, all ranks"),
     "sft/lr": Metric("last", "learning rate"),
     "sft/grad_norm": Metric("mean", "gradient norm before clipping"),

@@ -14,7 +14,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "Reward score, held-out": ("evaluation/reward_mean",),
         "Completion length": ("rollout/completion_tokens_mean",),
         "Truncated completions": ("rollout/truncated_fraction",),
-        "Loss": ("sft/loss",),
+        "Loss": ("sft/loss", "sft/held_out_loss"),
         "Pairwise loss": ("reward_model/loss",),
         "Accuracy": ("reward_model/accuracy",),
     },

@@ -47,7 +47,9 @@ def _check_sft(config: SFTRunConfig, *, in_process: bool) -> None:
     try:
         policy_config(config.model, "model")
         check_longest(config.model, "model", "sft.max_tokens", config.sft.max_tokens)
-        load_supervised(config.sft.data, load_tokenizer(config.model), config.sft.max_tokens)
+        tokenizer, sft = load_tokenizer(config.model), config.sft
+        for path in filter(None, (sft.data, sft.held_out_data)):
+            load_supervised(path, tokenizer, sft.max_tokens)
     except ValueError as error:
         raise BadInput(str(error)) from None
     if in_process and config.learner.ranks > 1:
@@ -59,9 +61,11 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
     from learner.sft import SFTSpec, SFTWorker
 
     started = time.time()
+    paths = {"data": config.sft.data, "held_out_data": config.sft.held_out_data}
+    resolved = {key: str(Path(path).resolve()) for key, path in paths.items() if path is not None}
     spec = SFTSpec(
         str(Path(config.model).resolve()),
-        config.sft.model_copy(update={"data": str(Path(config.sft.data).resolve())}),
+        config.sft.model_copy(update=resolved),
         config.learner,
         config.num_steps,
         config.seed,
@@ -87,11 +91,16 @@ async def _sft(config: SFTRunConfig, files: RunFiles, host: Host) -> Path:
                 await everyone(lambda it: it.start, rendezvous)
             for step in range(1, config.num_steps + 1):
                 metrics = reduce_ranks(await everyone(lambda it: it.train, step))
+                if config.sft.held_out_data is not None and _tells(step, config.num_steps, 10):
+                    metrics |= reduce_ranks(await everyone(lambda it: it.held_out))
                 progress.step(step, config.num_steps, metrics)
             await everyone(lambda it: it.write, str(out.resolve()))
         finally:
             await host.stop(ranks)
-        progress.finish({"steps": config.num_steps, "loss": metrics["sft/loss"]}, started, out)
+        held_out = metrics.get("sft/held_out_loss")
+        figures = {"steps": config.num_steps, "loss": metrics["sft/loss"]}
+        figures |= {"held_out_loss": held_out} if held_out is not None else {}
+        progress.finish(figures, started, out)
     return out
 
 
@@ -146,6 +155,11 @@ def _read_pairs(config: RewardRunConfig) -> None:
         read_reference(training.normalise_on, tokenizer, training.max_tokens)
 
 
+def _tells(step: int, num_steps: int, times: int) -> bool:
+    """Whether it is one of about so many steps, the last among them."""
+    return step % max(1, num_steps // times) == 0 or step == num_steps
+
+
 class _Progress:
     """Live view, metrics, status and summary of a stage; the view opens with the first step."""
 
@@ -196,7 +210,7 @@ class _Progress:
             self._view = LiveView(self._config.name, num_steps).__enter__()
             self._view.stage("training")
         row = self._metrics.write(step, metrics)
-        if step % max(1, num_steps // 20) == 0:
+        if _tells(step, num_steps, 20):
             self._view.step(row)
             self._files.status("running", step=step, num_steps=num_steps)
 

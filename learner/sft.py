@@ -55,8 +55,14 @@ class SFTWorker:
             spec.learner,
             torch.device(mesh.device_type),
         )
-        rows = load_supervised(spec.sft.data, load_tokenizer(spec.model), spec.sft.max_tokens)
-        self._rows = SupervisedRows(rows, batch_size=spec.sft.batch_size, seed=spec.seed)
+        tokenizer, sft = load_tokenizer(spec.model), spec.sft
+        rows = load_supervised(sft.data, tokenizer, sft.max_tokens)
+        self._rows = SupervisedRows(rows, batch_size=sft.batch_size, seed=spec.seed)
+        self._held_out = (
+            load_supervised(sft.held_out_data, tokenizer, sft.max_tokens)
+            if sft.held_out_data is not None
+            else None
+        )
 
     def train(self, step: int) -> dict[str, float]:
         """Optimizer step `step` (from 1); returns its metrics."""
@@ -81,6 +87,15 @@ class SFTWorker:
             "sft/grad_norm": norm,
             "sft/tokens_per_s": sum(batch.lengths) / seconds / self._spec.learner.ranks,
         }
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """The loss of all held-out rows under the weights as they are."""
+        assert self._held_out is not None, "sft.held_out_data is not set"
+        total = torch.zeros((), device=self._share.device)
+        for indices in self._share.of(self._held_out, range(len(self._held_out))):
+            total += supervised_loss(self._policy, self._held_out, indices, self._share)
+        return {"sft/held_out_loss": sum_over_ranks(total).item()}
 
     def write(self, out: str) -> None:
         """The Hugging Face folder of the trained model, written by rank 0."""

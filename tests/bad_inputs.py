@@ -562,6 +562,7 @@ SFT = {
         with_a_long_rope, ("model: ", "beyond 12 tokens", "sft.max_tokens allows 16", "12 or less")
     ),
     "SFT: no data file": sft({"sft.data": "absent.parquet"}, "absent.parquet", "no such file"),
+    "SFT: no held-out file": sft({"sft.held_out_data": "absent.jsonl"}, "absent.jsonl", "no such file"),
     "SFT: a missing column": sft(
         {"sft.data": "bad.jsonl"}, "bad.jsonl", "'completion'", row={"text": "a"}
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,35 @@ def test_the_first_loss_is_transformers_mean_over_completion_tokens(data, tokeni
     with torch.no_grad():
         logprobs = torch.cat([hf_logprobs(model, p.tolist(), c.tolist(), 1.0) for p, c in pairs])
     assert losses(at_one[0])[0] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
+
+
+def held_out_losses(rank, meeting, given: SFTSpec):
+    """Before the first step, and after it."""
+    if meeting is None:
+        mesh()
+        meeting = Rendezvous(1)
+    worker = SFTWorker(given, rank)
+    worker.start(meeting)
+    before = worker.held_out()
+    return before, worker.train(1), worker.held_out()
+
+
+def test_the_held_out_loss_is_transformers_mean_at_any_number_of_ranks_and_changes_nothing(
+    data, tokenizer, at_one, tmp_path
+):
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "9+9=", "completion": "18"}] * 3)
+    given = spec(data)
+    given = replace(given, sft=given.sft.model_copy(update={"held_out_data": held_out}))
+    before, trained, after = held_out_losses(0, None, given)
+    prompt, completion = tokenizer("9+9=").input_ids, [*tokenizer("18").input_ids, EOS]
+    with torch.no_grad():
+        logprobs = hf_logprobs(model_of(folders().policy), prompt, completion, 1.0)
+    assert before["sft/held_out_loss"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
+    assert after["sft/held_out_loss"] < before["sft/held_out_loss"]
+    assert losses([trained]) == losses(at_one[0])[:1]
+    two = replace(given, learner=given.learner.model_copy(update={"ranks": 2}))
+    for found in run_ranks(held_out_losses, two):
+        assert found[2]["sft/held_out_loss"] == pytest.approx(after["sft/held_out_loss"], rel=1e-4)
 
 
 def test_the_loss_falls_and_the_written_folder_answers_as_it_was_taught(at_one, tokenizer):
