@@ -1,8 +1,9 @@
 """Keeps memory that tensors on CPU have freed, for the tensors after them.
 
 The C library maps a block over 32 MiB anew each time and gives it back when it is freed: gradients of an
-embedding, logits, what FSDP gathers. Each time the kernel clears it page by page, which took an eighth of a
-PPO step of a model of 40 million parameters with a vocabulary of 32,000.
+embedding, logits, what FSDP gathers. Each time the kernel clears it page by page, which took a tenth of a
+PPO step of a model of 43 million parameters with a vocabulary of 32,000. The heap has holes instead: the
+process was 6 % larger.
 """
 
 from __future__ import annotations
