@@ -25,7 +25,7 @@ from cluster.supervisor import Supervisor
 from learner.trajectory_buffer import Batch
 from tests import tiny
 
-POLL_S, TIMEOUT_S, LONG_S = 0.01, 0.15, 5.0
+POLL_S, TIMEOUT_S, LONG_S = 0.01, 0.25, 5.0
 SAMPLES = 2
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
 UPDATE = WeightUpdate(3, LAYOUT.id, (), Probe((1, 2), (-0.5,)))
