@@ -47,7 +47,8 @@ def host(cluster: Any) -> Iterator[RayHost]:
 
 def far_away(host: RayHost) -> Member:
     """A member on the other node, where only the test has a reason to want one."""
-    options = {"num_cpus": 0, "resources": {"far": 0.1}}
+    env = {"env_vars": {"PYTHONPATH": ray_host._python_path()}}
+    options = {"num_cpus": 0, "resources": {"far": 0.1}, "runtime_env": env}
     member = Member("far", host._ray.remote(Worker).options(**options).remote())
     host.locate(member)
     return member
