@@ -11,8 +11,8 @@ from typing import Any
 
 from actors.config import GeneratorsConfig
 from learner.model_limits import check_rope, refuse_inexact
-from learner.weight_names import check_weights
 from reward_service.tokenizer import load_tokenizer
+from reward_service.weight_names import check_weights
 
 # Texts on which tokenizers of one vocabulary come apart: spaces, capitals, digits, other scripts.
 SAMPLES = ("Hello world, the fox", "  Two  spaces\n\tand 1234.5", "naïve Ünïcode: 日本語 🙂")

@@ -160,9 +160,8 @@ class SFTConfig(StrictModel):
     """Supervised fine-tuning on prompt, completion rows; the loss is on completion tokens only."""
 
     data: str  # Parquet or JSONL: prompt, completion (or messages)
-    held_out_data: str | None = (
-        None  # the same, of which the loss is told ten times and never trained
-    )
+    # The same, of which the loss is told about ten times; never trained on.
+    held_out_data: str | None = None
     batch_size: PositiveInt
     max_tokens: PositiveInt = 512  # prompt and completion; longer rows are refused
     optimizer: OptimizerConfig

@@ -21,7 +21,7 @@ from learner.model_limits import refuse_inexact
 from learner.packed_attention import use_packed_attention
 from learner.packing import PackedRows
 from learner.sharding import shard
-from learner.weight_names import refuse_missing
+from reward_service.weight_names import pretrained
 
 
 class PolicyModel(nn.Module):
@@ -156,16 +156,7 @@ def load_value_model(folder: str, mesh: DeviceMesh, config: LearnerConfig) -> Va
 
 
 def _pretrained(kind: Any, folder: str) -> Any:
-    """All weights from the folder, in float32: none that is missing there becomes random."""
-    model, loading = kind.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    refuse_missing(folder, loading)
-    return model
+    return pretrained(kind, folder, give="a whole model", dtype=torch.float32)
 
 
 def _prepared(hf_config: Any, folder: str) -> Any:

@@ -17,6 +17,7 @@ from reward_service.api import ScoreFailure, ScoreRequest, ScoreResult
 from reward_service.config import RewardModelScorerConfig
 from reward_service.rules import as_result
 from reward_service.tokenizer import load_tokenizer, prompt_ids, reply_ids
+from reward_service.weight_names import pretrained
 
 
 class RewardModelScorer:
@@ -77,13 +78,8 @@ def load_reward_model(path: str, *, dtype: torch.dtype) -> Any:
             f"{path}: has {labels} labels, a reward model has one; "
             "train one from this folder with `raylign reward-model`"
         )
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{path}: the weights lack {missing[0]}; give the folder of a trained reward model"
-        )
+    kind = AutoModelForSequenceClassification
+    model = pretrained(kind, path, give="a trained reward model", dtype=dtype)
     _head(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

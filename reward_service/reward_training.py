@@ -31,6 +31,7 @@ from reward_service.reward_model import (
     unfit,
 )
 from reward_service.tokenizer import load_tokenizer
+from reward_service.weight_names import pretrained
 
 Progress = Callable[[int, int, dict[str, float]], None]  # step (from 1), num_steps, metrics
 
@@ -113,18 +114,14 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int, min_lr_ratio: float)
 
 
 def _with_zero_head(path: str, tokenizer: Any) -> nn.Module:
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
+    model: Any = pretrained(
+        AutoModelForSequenceClassification,
         path,
+        give="a causal language model",
+        new=["score.weight"],
         num_labels=1,
         dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
     )
-    if missing := sorted(set(loading["missing_keys"]) - {"score.weight"}):
-        raise ValueError(
-            f"{path}: the weights lack {missing[0]}; give the folder of a causal language model"
-        )
     nn.init.zeros_(model.score.weight)
     if model.config.pad_token_id is None:  # other people's code needs it to find the last token
         model.config.pad_token_id = tokenizer.pad_token_id

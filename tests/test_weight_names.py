@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from learner.weight_names import INDEX, check_weights
+from reward_service.weight_names import INDEX, check_weights
 from tests.learner_cases import folders
 
 Weights = dict[str, Tensor]

@@ -1,8 +1,8 @@
 """Whether a Hugging Face folder holds the weights that its config asks for.
 
 transformers fills what is missing with random numbers and goes on. `check_weights` reads only the names
-in the safetensors' headers, before any model is loaded; `refuse_missing` has the loader's own word.
-Imports nothing heavy.
+in the safetensors' headers, before any model is loaded; `pretrained` has the loader's own word. Imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -47,18 +47,26 @@ def check_weights(where: str, folder: str, settings: Mapping[str, Any], *, head:
         )
 
 
-def refuse_missing(folder: str, loading: Mapping[str, Collection[str]]) -> None:
-    """ValueError if from_pretrained(..., output_loading_info=True) had no weights for something; what
-    is tied to a weight that is there is not missing."""
-    missing, given = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
-    if not missing:
-        return
-    named = next((name for name in given if name.endswith(f".{missing[0]}")), None)
-    instead = f" (there is {named})" if named else ""
-    raise ValueError(
-        f"{folder}: the weights lack {missing[0]}{instead}, {len(missing)} in all, which would be "
-        "random; give the folder of a whole model"
+def pretrained(
+    kind: Any, folder: str, *, give: str, new: Collection[str] = (), **options: Any
+) -> Any:
+    """`kind`.from_pretrained with all weights from the folder's safetensors and none of its Python.
+
+    ValueError, whose fix is to give the folder of `give`, if there are none for something; what is tied
+    to a weight that is there is not missing, nor is what is `new`, which the caller fills.
+    """
+    model, loading = kind.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
     )
+    missing, given = sorted({*loading["missing_keys"]} - {*new}), sorted(loading["unexpected_keys"])
+    if missing:
+        named = next((name for name in given if name.endswith(f".{missing[0]}")), None)
+        instead = f" (there is {named})" if named else ""
+        raise ValueError(
+            f"{folder}: the weights lack {missing[0]}{instead}, {len(missing)} in all, which would be "
+            f"random; give the folder of {give}"
+        )
+    return model
 
 
 def _names(where: str, folder: Path) -> set[str]:
