@@ -8,13 +8,12 @@ lives, and by that others know a folder whose driver was killed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from actors.owner_lock import held, taken_over
 from cluster.config import BadInput
 
 PREFIX = "raylign-"
@@ -32,11 +31,7 @@ class RayFolder:
         base = _base()
         _sweep(base)
         self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-        # Locked before it has its name, or another driver could take it for one of the dead.
-        draft = self._folder / f"{LOCK}.new"
-        self._lock = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        draft.rename(self._folder / LOCK)
+        self._lock = held(self._folder / LOCK)
         self.path = str(self._folder / "r")  # Ray opens what it is given to everybody
 
     def remove(self) -> None:
@@ -60,18 +55,9 @@ def _is_fit(base: str) -> bool:
 
 
 def _sweep(base: str) -> None:
-    for folder in _of_the_dead(base):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _of_the_dead(base: str) -> Iterator[Path]:
     for folder in Path(base).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield folder
-            finally:
-                os.close(lock)
+            with taken_over(folder / LOCK):
+                shutil.rmtree(folder, ignore_errors=True)
