@@ -4,7 +4,7 @@
 
 Everything reaches the engine through the inbox, between two steps; a crash of the thread fails every
 waiter with GeneratorFailed. After an update no completion leaves before the engine has answered the
-probe: what is finished in the meantime is held, and discarded if the probe is wrong.
+probe as the learner has: what is finished in the meantime is held, and discarded if it answers otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from actors.config import GeneratorsConfig
 from actors.generate_request import GenerateRequest, GeneratorFailed
 from actors.trajectory import Completion
 from actors.vllm_engine import all_cores, completion_params, probe_params, salt_waiting
-from actors.weight_update import NeedsAll, Refused, WeightsRejected, WeightUpdate, probe_difference
+from actors.weight_update import (
+    NeedsAll,
+    ProbeAnswer,
+    Refused,
+    WeightsRejected,
+    WeightUpdate,
+    probe_difference,
+)
 
 PROBE_ID = "probe"
 
@@ -31,15 +38,17 @@ Deliver = Callable[[Any], None]
 Delivery = tuple[Deliver, Deliver]  # resolve, reject: safe to call from this thread
 
 
-@dataclass(frozen=True)
-class _Probing:
-    """An update that is applied and not yet proved."""
+@dataclass
+class _Unproved:
+    """An update that is applied, until the engine has answered the probe as the learner has."""
 
     update: WeightUpdate
     resolve: Deliver
     reject: Deliver
-    spent: dict[str, float]  # seconds, by the receiver's parts
+    spent: dict[str, float]  # seconds, by part
     started: float
+    probing: bool = True  # the engine is
+    answered: list[float] | None = None  # by the engine
 
 
 class EngineThread:
@@ -67,7 +76,8 @@ class EngineThread:
         self._futures: dict[str, Delivery] = {}
         self._started: dict[str, float] = {}
         self._held: list[Any] = []
-        self._probing: _Probing | None = None
+        self._unproved: _Unproved | None = None
+        self._answer: ProbeAnswer | None = None  # the learner's newest
         self._proved: int | None = None  # the version that has answered its probe
         self._num_updates = 0  # a version's number may come again, of other weights
         self._closed = False
@@ -144,17 +154,22 @@ class EngineThread:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        with all_cores() if self._probing is not None else contextlib.nullcontext():
+        probing = self._unproved is not None and self._unproved.probing
+        with all_cores() if probing else contextlib.nullcontext():
             outputs = self._engine.step()
         self._busy_s += time.perf_counter() - started
         if self._first_token_at is None and self._started:
             self._first_token_at = time.time()
         for output in outputs:
             if output.finished and output.request_id == PROBE_ID:
-                self._prove(output)
+                self._probed(output)
             elif output.finished:
                 self._held.append(output)
-        if self._probing is None and self._held:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Deliver what is finished, unless the weights are not proved."""
+        if self._unproved is None and self._held:
             held, self._held = self._held, []
             for output in held:
                 self._deliver(output)
@@ -179,6 +194,8 @@ class EngineThread:
 
     def apply(self, update: WeightUpdate, delivery: Delivery) -> None:
         resolve, reject = delivery
+        if self._unproved is not None:  # and never will be: its learner is gone
+            self.forget()
         if self._finish_all or self._config.weight_update == "drained":
             self._drain()
         started = time.perf_counter()
@@ -197,8 +214,8 @@ class EngineThread:
         self._engine.set_weight_version(str(update.version))
         self._num_updates += 1
         salt_waiting(self._engine, self._salt)
-        self._probing = _Probing(update, resolve, reject, spent, time.perf_counter())
-        self._engine.add_request(PROBE_ID, self._prompt(update.probe.ids), probe_params())
+        self._unproved = _Unproved(update, resolve, reject, spent, time.perf_counter())
+        self._engine.add_request(PROBE_ID, self._prompt(update.probe_ids), probe_params())
 
     def _drain(self) -> None:
         """Step until no request runs; with finish_all, until none waits either that waits by now. Calls are
@@ -209,25 +226,39 @@ class EngineThread:
             self._step()
             self._take_inbox(wait=False)
 
-    def _prove(self, output: Any) -> None:
-        assert self._probing is not None
-        probing, update = self._probing, self._probing.update
-        answered = [
+    def compare_with(self, answer: ProbeAnswer) -> None:
+        """The learner's answer; the update that it is to may still be to come."""
+        self._answer = answer
+        self._prove()
+        self._let_go()
+
+    def _probed(self, output: Any) -> None:
+        assert self._unproved is not None
+        self._unproved.probing = False
+        self._unproved.spent["probe_s"] = time.perf_counter() - self._unproved.started
+        self._unproved.answered = [
             position[token].logprob
             for position, token in zip(
-                output.prompt_logprobs[1:], update.probe.ids[1:], strict=True
+                output.prompt_logprobs[1:], self._unproved.update.probe_ids[1:], strict=True
             )
         ]
-        difference = probe_difference(update.probe, answered)
+        self._prove()
+
+    def _prove(self) -> None:
+        """Once both answers to the probe are there."""
+        unproved, answer = self._unproved, self._answer
+        if unproved is None or unproved.answered is None or answer is None:
+            return
+        if not answer.is_to(unproved.update):
+            return
+        difference, version = probe_difference(answer.logprobs, unproved.answered), answer.version
         if difference > self._probe_bound:
             raise WeightsRejected(
-                f"{self._name}: after version {update.version} was applied, the probe's logprobs differ "
-                f"by {difference:.2g} from the learner's (bound {self._probe_bound:g}, self_check.probe)"
+                f"{self._name}: after version {version} was applied, the probe's logprobs differ by "
+                f"{difference:.2g} from the learner's (bound {self._probe_bound:g}, self_check.probe)"
             )
-        self._probing = None
-        self._proved = update.version
-        probe_s = time.perf_counter() - probing.started
-        probing.resolve({**probing.spent, "probe_s": probe_s, "probe_difference": difference})
+        self._unproved, self._proved = None, version
+        unproved.resolve({**unproved.spent, "probe_difference": difference})
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -242,7 +273,13 @@ class EngineThread:
         }
 
     def forget(self) -> None:
-        self._engine.abort_request(list(self._started))
+        """Give up every request, and the update that is not proved yet: nothing leaves until another is."""
+        running = list(self._started)
+        if self._unproved is not None:
+            running += [PROBE_ID] if self._unproved.probing else []
+            self._unproved.probing, self._unproved.answered = False, None
+            self._unproved.reject(GeneratorFailed(f"{self._name}: the update was given up"))
+        self._engine.abort_request(running)
         for _, reject in self._futures.values():
             reject(GeneratorFailed(f"{self._name}: the request was given up"))
         for gone in (self._futures, self._started, self._waiting, self._held):
@@ -253,8 +290,8 @@ class EngineThread:
         error = self._in_words(error)
         for _, reject in self._futures.values():
             reject(error)
-        if self._probing is not None:
-            self._probing.reject(error)
+        if self._unproved is not None:
+            self._unproved.reject(error)
         while not self._closed:
             _, reject = self._inbox.get()
             reject(error)

@@ -2,6 +2,7 @@
 
     generate() --requests--> inbox --> engine thread: admit, step, deliver --> Completion
     receive_weights() -----> inbox     (between two steps, so weights change atomically)
+    receive_answer() ------> inbox     (what the learner's weights answer to the probe)
 
 The thread settles every future, also when it dies (engine_thread.py).
 """
@@ -18,7 +19,7 @@ from actors.engine_thread import Deliver, Delivery, EngineThread
 from actors.generate_request import GenerateRequest
 from actors.trajectory import Completion
 from actors.vllm_engine import make_engine
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 
 
 class Generator:
@@ -69,14 +70,20 @@ class Generator:
         return await self._call(lambda: self._engine.collective_rpc("agree_layout", args=given)[0])
 
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
-        """Verify, apply, probe. Returns seconds, of the whole and of each part, and the probe's
-        difference. Raises WeightsRejected, after which this generator samples nothing any more; or
-        NeedsAll, after which all is as before: send the update in full."""
+        """Verify, apply, probe, compare with the learner's answer, which `receive_answer` brings before or
+        after. Returns seconds, of the whole and of each part, and the probe's difference. Raises
+        WeightsRejected, after which this generator samples nothing any more; or NeedsAll, after which all
+        is as before: send the update in full."""
         started = time.perf_counter()
         future, delivery = self._future()
         self._thread.put(lambda: self._thread.apply(update, delivery), delivery[1])
         proof: dict[str, float] = await future
         return {"push_s": time.perf_counter() - started, **proof}
+
+    async def receive_answer(self, answer: ProbeAnswer) -> None:
+        """What the learner's weights answer to the probe of an update. Raises WeightsRejected if this
+        engine has answered something else."""
+        await self._call(lambda: self._thread.compare_with(answer))
 
     async def status(self) -> dict[str, Any]:
         """Asked of the engine thread itself, so that an answer proves that it still turns."""

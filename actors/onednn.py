@@ -2,7 +2,8 @@
 
 For float32 torch takes MKL, which does less than half of what an AMD processor with AVX-512 can; oneDNN does
 all of it (benchmarks/linear.py). On one without AVX-512, and on Intel's, MKL is the faster over many tokens.
-Over few, where the time goes into reading the matrix, oneDNN is everywhere, if it reads it as it lies.
+Over few, where the time goes into reading the matrix, oneDNN is everywhere, if it reads it as it lies; but
+over up to three MKL reads it as fast as memory gives it, on Intel's.
 The processor decides, never a measurement: a run that goes on multiplies as it did before.
 """
 
@@ -29,10 +30,18 @@ def has_onednn() -> bool:
 @functools.cache
 def takes_onednn() -> bool:
     """Whether products over many tokens are oneDNN's here."""
-    if not has_onednn() or not CPUINFO.exists():
-        return False
-    told = CPUINFO.read_text()
-    return "avx512f" in told and any(vendor in told for vendor in SLOW_WITH_MKL)
+    told = _cpuinfo()
+    return has_onednn() and "avx512f" in told and any(vendor in told for vendor in SLOW_WITH_MKL)
+
+
+@functools.cache
+def rows_of_mkl() -> int:
+    """Up to how many rows a product is MKL's here, though oneDNN would take it as one over few."""
+    return 3 if "GenuineIntel" in _cpuinfo() else 0
+
+
+def _cpuinfo() -> str:
+    return CPUINFO.read_text() if CPUINFO.exists() else ""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,7 +58,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def faster_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same, by oneDNN or MKL, whichever is the faster here; other dtypes are torch's own. Not for
     autograd."""
-    few = x.shape[:-1].numel() <= FEW_ROWS
+    few = rows_of_mkl() < x.shape[:-1].numel() <= FEW_ROWS
     if x.dtype == torch.float32 and has_onednn() and (few or takes_onednn()):
         return product(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

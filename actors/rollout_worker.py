@@ -23,7 +23,7 @@ from actors.config import SamplingConfig
 from actors.generate_request import GenerateRequest
 from actors.scored import Dropped, Rewards, Sample, Scored, score, score_request
 from actors.trajectory import Completion, Key, Prompt, Trajectory, packed, to_table, trajectory_id
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 from reward_service.api import ScoreRequest
 
 # Seconds. A call to the reward service costs this process milliseconds that its engine needs.
@@ -42,6 +42,7 @@ class Engine(Protocol):
     ) -> list[asyncio.Future[Completion]]: ...
     async def agree_layout(self, layout: WeightLayout) -> str: ...
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]: ...
+    async def receive_answer(self, answer: ProbeAnswer) -> None: ...
     async def status(self) -> dict[str, Any]: ...
     async def forget(self) -> None: ...
     async def close(self) -> None: ...
@@ -164,6 +165,9 @@ class RolloutWorker:
 
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         return await self._engine.receive_weights(update)
+
+    async def receive_answer(self, answer: ProbeAnswer) -> None:
+        await self._engine.receive_answer(answer)
 
     async def status(self) -> dict[str, Any]:
         return {**await self._engine.status(), "scoring": self._num_scoring}

@@ -1,8 +1,9 @@
 """The message by which new weights travel from the learner to a generator.
 
 The layout (names, shapes, dtypes, places in one byte segment) is agreed once; an update then carries
-a version, a digest for each bucket of bytes, and the probe: a token sequence with the logprobs that
-the learner's own weights give it. Imports no torch: dtypes are names.
+a version, a digest for each bucket of bytes, and the probe: a token sequence. The logprobs that the
+learner's own weights give it follow, for learner and engine answer the probe at the same time. Imports
+no torch: dtypes are names.
 """
 
 from __future__ import annotations
@@ -99,14 +100,6 @@ class WeightLayout:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A fixed token sequence, and the logprob (temperature 1) of each token but the first."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class WeightUpdate:
     """One version of the weights. The bytes lie in `segment`, a file in shared memory, or come
     along in `payload` where learner and generator share no memory: uint8, one array a bucket, which
@@ -115,16 +108,29 @@ class WeightUpdate:
     version: int
     layout_id: str
     digests: tuple[str, ...]  # of the whole image, however it is sent
-    probe: Probe
+    probe_ids: tuple[int, ...]  # a fixed token sequence
     segment: str = ""
     payload: tuple[np.ndarray, ...] = ()
     base: int | None = None
-    write_s: float = 0.0  # what the learner spent on bytes and digests, and on the probe
-    probe_s: float = 0.0
+    write_s: float = 0.0  # what the learner spent on bytes and digests
 
     @property
     def payload_bytes(self) -> int:
         return sum(piece.nbytes for piece in self.payload)
+
+
+@dataclass(frozen=True)
+class ProbeAnswer:
+    """What an engine must answer to an update's probe: the logprob (temperature 1), by the learner's
+    weights, of each token but the first."""
+
+    version: int
+    digests: tuple[str, ...]  # the update's: a version's number may come again, of other weights
+    logprobs: tuple[float, ...]
+    probe_s: float = 0.0  # what the learner spent on it
+
+    def is_to(self, update: WeightUpdate) -> bool:
+        return (self.version, self.digests) == (update.version, update.digests)
 
 
 def digest_bucket(data: np.ndarray, bucket: tuple[int, int]) -> str:
@@ -175,10 +181,10 @@ def verify(update: WeightUpdate, layout: WeightLayout, data: np.ndarray) -> None
         )
 
 
-def probe_difference(probe: Probe, answered: Iterable[float]) -> float:
+def probe_difference(logprobs: Iterable[float], answered: Iterable[float]) -> float:
     """max |generator - learner| over the probe's tokens; inf if either side lacks a token, or has
     one that is not finite."""
-    answer, expected = np.asarray(list(answered), np.float64), np.asarray(probe.logprobs)
+    expected, answer = (np.asarray(list(side), np.float64) for side in (logprobs, answered))
     whole = answer.size and answer.shape == expected.shape
     if not (whole and np.isfinite(answer).all() and np.isfinite(expected).all()):
         return float("inf")

@@ -36,7 +36,7 @@ import yaml
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.trajectory import Key, Prompt, packed, select
-from actors.weight_update import Probe, WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 from benchmarks import work
 from cluster.config import RunConfig
 from cluster.config_file import load_config
@@ -121,6 +121,9 @@ class StandIn:
         self._version = update.version
         return {"push_s": 0.0, "probe_difference": 0.0}
 
+    def receive_answer(self, answer: ProbeAnswer) -> None:
+        return
+
     def status(self) -> dict[str, Any]:
         return {"running": SEATS, "waiting": len(self._out), "busy_s": 0.0, "weights_s": 0.0,
                 "completion_tokens": 0, "scoring": 0}  # fmt: skip
@@ -142,6 +145,9 @@ class StandIns:
     async def receive_weights(self, place: int, update: WeightUpdate) -> dict[str, float]:
         return self._them[place].receive_weights(update)
 
+    async def receive_answer(self, place: int, answer: ProbeAnswer) -> None:
+        return self._them[place].receive_answer(answer)
+
     async def status(self, place: int) -> dict[str, Any]:
         return self._them[place].status()
 
@@ -151,11 +157,14 @@ class StandIns:
         return layout.id
 
 
+CALLS = ("submit", "take", "receive_weights", "receive_answer", "status", "agree_layout")
+
+
 class Handle:
     """One of the stand-ins, reached as if it were an actor of its own."""
 
     def __init__(self, actor: Any, place: int) -> None:
-        for name in ("submit", "take", "receive_weights", "status", "agree_layout"):
+        for name in CALLS:
             setattr(self, name, Method(getattr(actor, name), place))
         self.__ray_call__ = actor.__ray_call__  # by which the host learns where it runs
 
@@ -184,7 +193,10 @@ class StandInLearner:
         return {"reward/busy_s": 0.0}
 
     def publish(self, version: int) -> WeightUpdate:
-        return WeightUpdate(version, LAYOUT.id, ("",), Probe((1, 2), (-0.5,)))
+        return WeightUpdate(version, LAYOUT.id, ("",), (1, 2))
+
+    def answer_probe(self, version: int) -> ProbeAnswer:
+        return ProbeAnswer(version, ("",), (-0.5,))
 
     def save_trajectories(self, path: str, keys: list[Key], *chunks: pa.Buffer) -> None:
         pq.write_table(select(chunks, keys), path)

@@ -139,9 +139,9 @@ class System:
     async def _push(self) -> dict[str, float]:
         """Seconds, of the whole and of its parts."""
         started = time.perf_counter()
-        update = await self._learner.publish(self._version)
+        update, answering = await self._learner.publish(self._version)
         sent = time.perf_counter()
-        proof, *_ = await self.supervisor.push(update)
+        proof, *_ = await self.supervisor.push(update, answering)
         self._version += 1
         ended = time.perf_counter()
         parts = {name: proof[name] for name in ("verify_s", "apply_s", "probe_s")}

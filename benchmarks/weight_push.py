@@ -10,7 +10,8 @@ vLLM engine. A model is pushed again and again to 1, 2 and 4 of them, by each wa
 
 Beside each push the same number of bytes is copied once by numpy, warm, from private into shared
 memory: `x copy` is the push's time over that copy's. The parts are of the slowest receiver; "learn
-probe" is the learner's own answer to the probe, which runs beside the writing. Then a real PPO step
+probe" is the learner's own answer to the probe, which it computes beside verify, apply and probe. Then a
+real PPO step
 (AdamW, real gradients) tells what a delta sends.
 
     python -m benchmarks.weight_push [--quick] [--sizes 2.7M 100M 500M] [--receivers 1 2 4]
@@ -37,8 +38,9 @@ from benchmarks import work
 from benchmarks.contenders import Job, trajectories
 from cluster.config import RunConfig
 from cluster.doctor import check_inputs
+from cluster.generator_group import GeneratorGroup
 from cluster.learner_group import LearnerGroup
-from cluster.placement import Member, RoleFailed, ask
+from cluster.placement import Member, RoleFailed
 from cluster.ray_host import RayHost
 from cluster.roles import LearnerRole, RewardRole, RolloutRole
 from cluster.specs import learner_spec, rollout_spec
@@ -72,11 +74,8 @@ class Push:
     @property
     def transport(self) -> float:
         """What is left: calls, messages and their copies."""
-        return self.total - max(self.write, self.learner_probe) - self._received
-
-    @property
-    def _received(self) -> float:
-        return self.verify + self.apply + self.probe
+        received = self.verify + self.apply + self.probe
+        return self.total - self.write - max(self.learner_probe, received)
 
 
 def config_of(options: Any, size: str, way: str, **changes: Any) -> RunConfig:
@@ -158,31 +157,25 @@ class Bench:
             new.append(self._host.start(name, RolloutRole, spec, rewards, env=CPU_ENGINE_ENV))
         self.generators += new
         self.members += new
-        for member in new:
-            await ask(member, member.handle.agree_layout, self._layout, within=TIMEOUT_S)
+        self._group = GeneratorGroup(
+            self.generators, self._host, timeout_s=TIMEOUT_S, ping_s=TIMEOUT_S
+        )
+        await self._group.agree_layout(self._layout)
         for _ in range(2):  # so that both segments are mapped
-            await self._all_receive(await self.learner.publish(self._next()))
+            await self._group.push(*await self.learner.publish(self._next()))
 
     async def push(self, copied: float) -> Push:
         version = self._next()
         started = time.perf_counter()
-        update = await self.learner.publish(version)
-        proofs = await self._all_receive(update)
+        update, answering = await self.learner.publish(version)
+        proofs = (await self._group.push(update, answering)).values()
         total = time.perf_counter() - started
-        slowest = {name: max(proof[name] for proof in proofs) for name in proofs[0]}
+        names = ("verify_s", "apply_s", "probe_s")
+        slowest = {name: max(proof[name] for proof in proofs) for name in names}
         return Push(
-            total, copied, update.write_s, update.probe_s,
+            total, copied, update.write_s, (await answering).probe_s,
             slowest["verify_s"], slowest["apply_s"], slowest["probe_s"], update.payload_bytes,
         )  # fmt: skip
-
-    async def _all_receive(self, update: Any) -> list[dict[str, float]]:
-        """As the supervisor pushes."""
-        shared = self._host.share(update) if update.payload else update
-        calls = [
-            ask(member, member.handle.receive_weights, shared, within=TIMEOUT_S)
-            for member in self.generators
-        ]
-        return await asyncio.gather(*calls)
 
     def _next(self) -> int:
         self._version += 1
@@ -278,14 +271,18 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
             worker.update(batch, 1, 0, folder)
             publishers = {
                 dtype: WeightPublisher(
-                    worker._update.models.policy, dtype=dtype, segment=None, delta=True
+                    worker._update.models.policy,
+                    dtype=dtype,
+                    probe_ids=spec.probe_ids,
+                    segment=None,
+                    delta=True,
                 )
                 for dtype in ("float32", "bfloat16")
             }
-            full = {d: p.publish(1, worker._probe).payload_bytes for d, p in publishers.items()}
+            full = {d: p.publish(1).payload_bytes for d, p in publishers.items()}
             worker.update(batch, 2, 1, folder)
             for dtype, publisher in publishers.items():
-                update = publisher.publish(2, worker._probe)
+                update = publisher.publish(2)
                 found[dtype, lr] = (update.payload_bytes / full[dtype], update.write_s)
             dist.destroy_process_group()  # before its file is gone
     return found

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 
 from actors.generate_request import GeneratorFailed
 from actors.trajectory import Prompt
-from actors.weight_update import NeedsAll, WeightLayout, WeightsRejected, WeightUpdate
+from actors.weight_update import (
+    NeedsAll,
+    ProbeAnswer,
+    WeightLayout,
+    WeightsRejected,
+    WeightUpdate,
+)
 from cluster.learner_group import LearnerLost
 from cluster.placement import FOREVER_S, START_TIMEOUT_S, Host, Member, RoleFailed, ask
 from cluster.roster import Roster
@@ -29,8 +35,8 @@ class Replacement:
 
     # (slot, how many were started before) -> one that is loading
     start: Callable[[int, int], Member]
-    # (in the message, not in shared memory?) -> the newest version in full
-    last_update: Callable[[bool], Awaitable[WeightUpdate]]
+    # (in the message, not in shared memory?) -> the newest version in full, the learner's answer to its probe
+    last_update: Callable[[bool], Awaitable[tuple[WeightUpdate, ProbeAnswer]]]
     max_restarts: int  # of all generators together
     on_event: Callable[..., None]  # (event, **facts)
 
@@ -152,9 +158,11 @@ class GeneratorGroup:
         agreed = await self.each(lambda it: it.agree_layout, layout, within=self._ping_s)
         assert set(agreed.values()) <= {layout.id}
 
-    async def push(self, update: WeightUpdate) -> dict[str, dict[str, float]]:
-        """The proof of each present generator, by name, once all have proved the version. RoleFailed if
-        all reject the first one."""
+    async def push(
+        self, update: WeightUpdate, answering: asyncio.Future[ProbeAnswer]
+    ) -> dict[str, dict[str, float]]:
+        """The proof of each present generator, by name, once all have proved the version. `answering`: the
+        learner's answer to the probe. RoleFailed if all reject the first one."""
         shared = self._host.share(update) if update.payload else update
         async with self.weights:
             slots = [
@@ -163,7 +171,7 @@ class GeneratorGroup:
                 if self._versions.get(self.roster.members[slot].name) != update.version
             ]
             names = [self.roster.members[slot].name for slot in slots]
-            calls = (self._receive(slot, shared) for slot in slots)
+            calls = (self._receive(slot, shared, answering) for slot in slots)
             proofs = _answered(names, await asyncio.gather(*calls, return_exceptions=True))
             self._versions |= dict.fromkeys(proofs, update.version)
         losses = [] if self._versions else [self.roster.failure(slot) for slot in slots]
@@ -171,19 +179,38 @@ class GeneratorGroup:
             raise losses[0]  # others in their slot would reject the first weights, too
         return proofs
 
-    async def _receive(self, slot: int, update: Any) -> Any:
+    async def _receive(self, slot: int, *given: Any) -> Any:
         member = self.roster.members[slot]
-        return await self.or_lost(slot, member, self._give(member, update))
+        return await self.or_lost(slot, member, self._give(member, *given))
 
-    async def _give(self, member: Member, update: Any) -> Any:
+    async def _give(
+        self, member: Member, update: Any, answering: asyncio.Future[ProbeAnswer]
+    ) -> Any:
         """Its proof of the update, sent in full if it cannot use what the others can."""
         try:
-            return await ask(member, member.handle.receive_weights, update, within=self._timeout_s)
+            return await self._proof(member, update, answering)
         except RoleFailed as error:
             if not isinstance(error.cause, NeedsAll) or self._replacement is None:
                 raise
-        full = await self._replacement.last_update(True)
-        return await ask(member, member.handle.receive_weights, full, within=self._timeout_s)
+        full, answer = await self._replacement.last_update(True)
+        return await self._proof(member, full, _there(answer))
+
+    async def _proof(
+        self, member: Member, update: Any, answering: asyncio.Future[ProbeAnswer]
+    ) -> Any:
+        async def tell() -> None:
+            answer = await asyncio.shield(answering)
+            await ask(member, member.handle.receive_answer, answer, within=self._timeout_s)
+
+        receiving = asyncio.create_task(
+            ask(member, member.handle.receive_weights, update, within=self._timeout_s)
+        )
+        telling = asyncio.create_task(tell())
+        try:
+            return (await asyncio.gather(receiving, telling))[0]
+        finally:  # the other, if one failed
+            receiving.cancel()
+            telling.cancel()
 
     async def bring_up(self, member: Member) -> None:
         """A new generator: it loads, agrees on the layout, receives and proves the newest version."""
@@ -192,9 +219,16 @@ class GeneratorGroup:
         await ask(member, member.handle.status, within=START_TIMEOUT_S)
         await ask(member, member.handle.agree_layout, self._layout, within=self._ping_s)
         async with self.weights:
-            update = await self._replacement.last_update(False)
-            await self._give(member, update)
+            update, answer = await self._replacement.last_update(False)
+            await self._give(member, update, _there(answer))
             self._versions[member.name] = update.version
+
+
+def _there(answer: ProbeAnswer) -> asyncio.Future[ProbeAnswer]:
+    """As one to wait for."""
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(answer)
+    return future
 
 
 def _answered(asked: Sequence[Asked], answers: Sequence[Any]) -> dict[Asked, Any]:

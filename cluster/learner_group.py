@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 from cluster.metrics import reduce_ranks
 from cluster.placement import START_TIMEOUT_S, Host, Member, RoleFailed, ask
 from learner.learner_spec import Rendezvous, StepRefused
@@ -66,13 +66,28 @@ class LearnerGroup:
         self.push_bytes = layout.total_bytes
         return layout
 
-    async def publish(self, version: int) -> WeightUpdate:
-        return (await self._all(lambda it: it.publish, version))[0]
+    async def publish(self, version: int) -> tuple[WeightUpdate, asyncio.Task[ProbeAnswer]]:
+        """The update once it is written, and the learner's answer to its probe, which is computed beside
+        the engines' own. Both are asked for at once: no step that changes the weights comes between."""
+        writing = asyncio.create_task(self._all(lambda it: it.publish, version))
+        answering = asyncio.create_task(self._answer_probe(version))
+        answering.add_done_callback(_retrieve)
+        try:
+            return (await writing)[0], answering
+        except BaseException:
+            writing.cancel()
+            answering.cancel()
+            raise
 
-    async def last_update(self, in_message: bool) -> WeightUpdate:
-        """The newest version in full, once the call at hand has ended."""
-        update: WeightUpdate = await self._first(lambda it: it.last_update, in_message)
-        return update
+    async def _answer_probe(self, version: int) -> ProbeAnswer:
+        return (await self._all(lambda it: it.answer_probe, version))[0]
+
+    async def last_update(self, in_message: bool) -> tuple[WeightUpdate, ProbeAnswer]:
+        """The newest version in full and the answer to its probe, once the call at hand has ended."""
+        last: tuple[WeightUpdate, ProbeAnswer] = await self._first(
+            lambda it: it.last_update, in_message
+        )
+        return last
 
     async def update(
         self, batch: Batch, step: int, version: int, folder: Path
@@ -152,6 +167,12 @@ class LearnerGroup:
         if first.kind == "raised" or self._again is None:
             return first
         return LearnerLost(str(first), kind=first.kind, cause=first.cause)
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Its failure is told to whoever waits for it, and not to the log if nobody does."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def meet(ranks: list[Member], host: Host, run_dir: Path, timeout_s: float) -> Rendezvous:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from actors.config import GeneratorsConfig, SamplingConfig
 from actors.rollout_worker import RolloutWorker, Scoring
 from actors.trajectory import Key, select, to_table
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 from cluster.placement import DEATHS, LOST_ANSWERS, RoleFailed
 from cluster.redaction import hide_tokens, printable
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
@@ -106,7 +106,10 @@ class LearnerRole:
     def publish(self, version: int) -> WeightUpdate | None:
         return self._worker.publish(version)
 
-    def last_update(self, in_message: bool) -> WeightUpdate | None:
+    def answer_probe(self, version: int) -> ProbeAnswer | None:
+        return self._worker.answer_probe(version)
+
+    def last_update(self, in_message: bool) -> tuple[WeightUpdate, ProbeAnswer]:
         return self._worker.last_update(in_message)
 
     def update(

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from actors.trajectory import Prompt
-from actors.weight_update import WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightUpdate
 from cluster import dropped, replay_bundle, run_state
 from cluster.config import RunConfig
 from cluster.evaluation import Evaluated, Evaluation
@@ -124,17 +124,19 @@ class Run:
         metrics = await self.wait_push()  # of the last push, which must have ended
         self._doing("learner", f"publishing version {version}")
         started = time.perf_counter()
-        update = await self.learner.publish(version)
+        update, answering = await self.learner.publish(version)
         self._event_of(update, time.perf_counter() - started)
-        self.supervisor.begin_push(self._pushed(update, started))
+        self.supervisor.begin_push(self._pushed(update, answering, started))
         return await self.wait_push() if self.config.max_staleness == 0 else metrics
 
     async def wait_push(self) -> dict[str, float]:
         """Wait until every generator has proved what was last published; metrics of that push."""
         return await self.supervisor.wait_push()
 
-    async def _pushed(self, update: WeightUpdate, started: float) -> dict[str, float]:
-        proofs = await self.supervisor.push(update)
+    async def _pushed(
+        self, update: WeightUpdate, answering: asyncio.Future[ProbeAnswer], started: float
+    ) -> dict[str, float]:
+        proofs = await self.supervisor.push(update, answering)
         seconds = time.perf_counter() - started
         if self.config.max_staleness and self.rolling_out:
             await self.supervisor.admit()

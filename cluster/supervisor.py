@@ -24,7 +24,7 @@ from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.scored import Dropped
 from actors.trajectory import Prompt
-from actors.weight_update import WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightUpdate
 from cluster.assignments import Assignments
 from cluster.generator_group import GeneratorGroup, Lost, Replacement
 from cluster.learner_group import LearnerLost
@@ -239,11 +239,13 @@ class Supervisor:
 
     # ---- weights and state of the generators
 
-    async def push(self, update: WeightUpdate) -> list[dict[str, float]]:
+    async def push(
+        self, update: WeightUpdate, answering: asyncio.Future[ProbeAnswer]
+    ) -> list[dict[str, float]]:
         """Returns each generator's proof, when all have proved the new version; from then on it
         counts as the version that prompts are leased at."""
         self._collect()  # from now on one that is lost is replaced
-        proofs = await self.group.push(update)
+        proofs = await self.group.push(update, answering)
         self.version = update.version
         return list(proofs.values())
 

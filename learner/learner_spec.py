@@ -76,7 +76,7 @@ class StepRefused:
         return re.sub(r"\S*\d\S*", "#", self.reason)
 
 
-def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 8) -> tuple[int, ...]:
+def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 3) -> tuple[int, ...]:
     """A fixed sequence of ordinary tokens, spread over the vocabulary."""
     candidates = [i for i in range(vocabulary_size) if i not in special_ids]
     chosen = np.random.default_rng(0).choice(candidates, length)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.weight_update import Probe, WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 from learner import checkpoint
 from learner.batch import TrajectoryBatch
 from learner.freed_memory import keep_freed_memory
@@ -43,6 +43,8 @@ class LearnerWorker:
         self._spec = spec
         self._rank = rank
         self._publisher: WeightPublisher | None = None
+        self._published: int | None = None  # the version whose weights are here unchanged
+        self._answer: ProbeAnswer | None = None
         self._save: checkpoint.Save | None = None
         self._copy = checkpoint.Copy()
 
@@ -96,22 +98,40 @@ class LearnerWorker:
         self._publisher = WeightPublisher(
             self._update.models.policy,
             dtype=self._spec.push_dtype,
+            probe_ids=self._spec.probe_ids,
             segment=None if self._spec.push_delta else segment,
             delta=self._spec.push_delta,
         )
         return self._publisher.layout
 
     def publish(self, version: int) -> WeightUpdate | None:
-        """Write the weights as `version`; the update on rank 0."""
+        """Write the weights as `version`; the update on rank 0. `answer_probe` must be the next call."""
         assert self._publisher is not None, "prepare_publish comes first"
-        return self._publisher.publish(version, self._probe)
+        update = self._publisher.publish(version)
+        self._published = version
+        return update
 
-    def last_update(self, in_message: bool) -> WeightUpdate | None:
-        """What was last published, in full, for a generator that holds no version yet; on rank 0.
-        `in_message`: it cannot map the segment. No collective, and whatever the weights have become
-        since."""
+    def answer_probe(self, version: int) -> ProbeAnswer | None:
+        """What the weights just published answer to the probe; on rank 0."""
         assert self._publisher is not None, "prepare_publish comes first"
-        return self._publisher.last_update(in_message)
+        if self._published != version:
+            raise RuntimeError(f"the weights here are no longer those of version {version}")
+        started = time.perf_counter()
+        logprobs = self._probe()
+        if self._rank == 0:
+            seconds = time.perf_counter() - started
+            self._answer = ProbeAnswer(version, self._publisher.digests, logprobs, seconds)
+        return self._answer
+
+    def last_update(self, in_message: bool) -> tuple[WeightUpdate, ProbeAnswer]:
+        """What was last published, in full, and the answer to its probe, for a generator that holds no
+        version yet; of rank 0. `in_message`: it cannot map the segment. No collective, and whatever the
+        weights have become since."""
+        assert self._publisher is not None, "prepare_publish comes first"
+        update, answer = self._publisher.last_update(in_message), self._answer
+        if update is None or answer is None or not answer.is_to(update):
+            raise RuntimeError("publish and answer_probe come first, one after the other")
+        return update, answer
 
     def update(
         self, table: pa.Table, step: int, version: int, folder: str
@@ -121,6 +141,7 @@ class LearnerWorker:
         what the batch shows of generation and scoring. Or every rank refuses the step, and nothing
         is changed or written."""
         started = time.perf_counter()
+        self._published = None
         batch = TrajectoryBatch.of(table)
         try:
             ppo, metrics = self._update.update(batch, step)
@@ -155,6 +176,7 @@ class LearnerWorker:
         return self._save.ended()
 
     def load(self, folder: str) -> None:
+        self._published = None
         checkpoint.load(Path(folder), self._update)
 
     def close(self) -> None:
@@ -169,7 +191,7 @@ class LearnerWorker:
         ]
 
     @torch.no_grad()
-    def _probe(self) -> Probe:
+    def _probe(self) -> tuple[float, ...]:
         """The probe's logprobs under the weights as they are now: what a generator must answer."""
         ids = self._spec.probe_ids
         packed = PackedRows.build([list(ids)], [1]).to(self._share.device)
@@ -179,7 +201,7 @@ class LearnerWorker:
             policy = unsharded(policy)
         logprobs: Tensor = policy(packed)[0]
         row = unpack(logprobs.cpu(), packed.completion_lengths, len(ids) - 1)[0]
-        return Probe(ids, tuple(row.tolist()))
+        return tuple(row.tolist())
 
     def _ptx_batches(self) -> Any:
         ptx = self._spec.ppo.ptx

@@ -2,8 +2,8 @@
 
 oneDNN writes a program for each shape that it meets, which takes half a megabyte and as long as a product
 of some hundred tokens. So tokens come in multiples of ROWS (packing.PackedRows fills them up), and a
-product over another number of them stays torch's own. But the FEW of a probe are oneDNN's on every
-processor.
+product over another number of them stays torch's own. But FEW, as those of a probe, are oneDNN's on every
+processor, unless they are so few that MKL is the faster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from actors.onednn import has_onednn, product, takes_onednn
+from actors.onednn import has_onednn, product, rows_of_mkl, takes_onednn
 
 ROWS = 32
 FEW = 16
@@ -86,4 +86,4 @@ def _fits(x: Tensor, tokens: int) -> bool:
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if not on_cpu or tokens == 0 or not has_onednn():
         return False
-    return tokens <= FEW or (tokens % ROWS == 0 and takes_onednn())
+    return rows_of_mkl() < tokens <= FEW or (tokens % ROWS == 0 and takes_onednn())

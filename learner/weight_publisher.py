@@ -9,7 +9,8 @@ changed since the version before. weight_writer.py writes and digests the bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from actors import weight_delta
 from actors.segment_owner import SegmentOwner, segments_of
 from actors.weight_segment import WrittenSegment
-from actors.weight_update import Probe, WeightLayout, WeightUpdate
+from actors.weight_update import WeightLayout, WeightUpdate
 from learner.policy import PolicyModel
-from learner.weight_writer import WeightWriter, timed
+from learner.weight_writer import WeightWriter
 
 PREFIX = "lm."  # the wrapper's name for the Hugging Face model
 
@@ -29,7 +30,13 @@ class WeightPublisher:
     """One per rank; all but `last_update` and `close` are collectives."""
 
     def __init__(
-        self, policy: PolicyModel, *, dtype: str, segment: str | None, delta: bool = False
+        self,
+        policy: PolicyModel,
+        *,
+        dtype: str,
+        probe_ids: tuple[int, ...],
+        segment: str | None,
+        delta: bool = False,
     ) -> None:
         """`segment`: path stem in shared memory, or None if generators cannot map it; then `delta`
         says whether updates hold only what changed."""
@@ -40,6 +47,7 @@ class WeightPublisher:
         }
         self.layout = WeightLayout.of(((n, tuple(p.shape)) for n, p in named.items()), dtype)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._probe_ids = probe_ids
         self._delta = delta
         self._turn = 0
         self._last: WeightUpdate | None = None  # without its payload
@@ -49,32 +57,32 @@ class WeightPublisher:
         mapped = bool(self._segments)
         self._writer = WeightWriter(self.layout, list(named.values()), dtype, mapped=mapped)
 
-    def publish(self, version: int, ask_probe: Callable[[], Probe]) -> WeightUpdate | None:
-        """Write this version; the update on rank 0, None on the others. `ask_probe` (a collective of
-        its own) answers the probe from the weights as they are, meanwhile if the ranks allow it."""
+    def publish(self, version: int) -> WeightUpdate | None:
+        """Write this version; the update on rank 0, None on the others."""
+        started = time.perf_counter()
         before, turn = self._turn, (self._turn + 1) % len(self._images)
         image = self._images[turn]
         with self._writing(turn):
-            new = self._writer.write(image, ask_probe)
+            digests = self._writer.write(image)
         self._turn = turn
         if self._rank != 0:
             return None
         last, place = self._last, self._segments[self._turn].path if self._segments else ""
+        write_s = time.perf_counter() - started
         self._last = WeightUpdate(
-            version,
-            self.layout.id,
-            new.digests,
-            new.probe,
-            place,
-            write_s=new.write_s,
-            probe_s=new.probe_s,
+            version, self.layout.id, digests, self._probe_ids, place, write_s=write_s
         )
         if place or last is None or not self._delta:
             return self.last_update(in_message=not place)
-        payload, delta_s = timed(weight_delta.encode, self.layout, self._images[before], image)
-        return replace(
-            self._last, payload=payload, base=last.version, write_s=new.write_s + delta_s
-        )
+        payload = weight_delta.encode(self.layout, self._images[before], image)
+        write_s = time.perf_counter() - started
+        return replace(self._last, payload=payload, base=last.version, write_s=write_s)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of the version that was last published, on rank 0."""
+        assert self._last is not None
+        return self._last.digests
 
     def last_update(self, in_message: bool) -> WeightUpdate | None:
         """The last version in full, on rank 0: for a receiver that holds none. `in_message`: even if it

@@ -7,8 +7,7 @@ share of the buckets.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,27 +23,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from actors.weight_update import (
     ALIGNMENT,
     ITEM_BYTES,
-    Probe,
+    PUSH_THREADS,
     TensorSpec,
     WeightLayout,
     digest_bucket,
 )
 
-# From here on the probe is answered beside the writing; with less, the interpreter's lock, which the
-# two threads then pass to and fro, costs more than that saves.
-OVERLAP_BYTES = 64 << 20
-# Large, for two threads that often ask for the interpreter's lock hold each other up; and a copy goes past
-# the caches (actors/vllm_engine.TUNABLES), which hold the piece that was just digested.
-PIECE_BYTES = 4 << 20
+# So that a core's own cache has it when it is digested; yet large enough that its copy goes past the caches
+# (actors/vllm_engine.TUNABLES).
+PIECE_BYTES = 1 << 20
 DEVICE_PIECE_BYTES = 8 << 20  # each of them is a transfer
-
-
-@dataclass(frozen=True)
-class Written:
-    digests: tuple[str, ...]  # on rank 0
-    write_s: float
-    probe: Probe
-    probe_s: float
 
 
 @dataclass(frozen=True)
@@ -81,31 +69,16 @@ class WeightWriter:
         # A collective too, so here and not when the first version is written.
         self._runs = list(self._local_runs()) if mapped or self._world_size == 1 else []
 
-    def write(self, image: np.ndarray, ask_probe: Callable[[], Probe]) -> Written:
-        """The weights as they are into `image` (uint8 [total_bytes]). `ask_probe` (a collective of its
-        own) answers the probe from them, meanwhile if the ranks allow it."""
-        if self._world_size == 1 and self._layout.total_bytes >= OVERLAP_BYTES:
-            return self._write_beside(image, ask_probe)
-        write = self._write_alone if self._world_size == 1 else self._write_together
-        digests, write_s = timed(write, image)
-        return Written(digests, write_s, *timed(ask_probe))
-
-    def _write_beside(self, image: np.ndarray, ask_probe: Callable[[], Probe]) -> Written:
-        """Write in a second thread, while this one answers the probe and then helps. With one rank no
-        collective makes the two wait for each other."""
-        started, buckets = time.perf_counter(), self._layout.buckets
-        with ThreadPoolExecutor(1) as writer:
-            writing = [writer.submit(self._write_bucket, image, bucket) for bucket in buckets]
-            probe, probe_s = timed(ask_probe)
-            last_first = range(len(buckets) - 1, -1, -1)
-            mine = {
-                i: self._write_bucket(image, buckets[i]) for i in last_first if writing[i].cancel()
-            }
-            digests = tuple(mine.get(i) or future.result() for i, future in enumerate(writing))
-        return Written(digests, time.perf_counter() - started, probe, probe_s)
+    def write(self, image: np.ndarray) -> tuple[str, ...]:
+        """The weights as they are into `image` (uint8 [total_bytes]); on rank 0 the buckets' digests."""
+        return self._write_together(image) if self._world_size > 1 else self._write_alone(image)
 
     def _write_alone(self, image: np.ndarray) -> tuple[str, ...]:
-        return tuple(self._write_bucket(image, bucket) for bucket in self._layout.buckets)
+        buckets = self._layout.buckets
+        if len(buckets) == 1:
+            return (self._write_bucket(image, buckets[0]),)
+        with ThreadPoolExecutor(PUSH_THREADS) as threads:
+            return tuple(threads.map(lambda bucket: self._write_bucket(image, bucket), buckets))
 
     def _write_bucket(self, image: np.ndarray, bucket: tuple[int, int]) -> str:
         """All of it by this rank; its digest."""
@@ -202,9 +175,3 @@ def _share(spec: TensorSpec, parameter: Tensor, item: int) -> tuple[int, int]:
     row = parameter.shape[1:].numel() * item
     first = offset[0] * row if offset else 0
     return spec.offset + first, torch.Size(shape).numel() * item
-
-
-def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """What it returns, and the seconds it took."""
-    started = time.perf_counter()
-    return function(*args), time.perf_counter() - started

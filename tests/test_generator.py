@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +21,14 @@ from actors.generator import Generator
 from actors.trajectory import Completion
 from actors.weight_update import (
     NeedsAll,
-    Probe,
+    ProbeAnswer,
     WeightLayout,
     WeightsRejected,
     WeightUpdate,
 )
 
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
-PROBE = Probe((1, 2, 3), (-0.5, -1.5))
+PROBE_IDS, LOGPROBS = (1, 2, 3), (-0.5, -1.5)
 BOUND = 1e-3
 SOON_S, LONG_S = 0.1, 5.0
 MAX_NUM_SEQS = 2
@@ -40,7 +40,7 @@ class FakeEngine:
     `may_step`, so that a test can hold the engine still."""
 
     steps: int = 2
-    probe_answer: tuple[float, ...] = PROBE.logprobs
+    probe_answer: tuple[float, ...] = LOGPROBS
     probe_steps: int = 1
     running: dict[str, int] = field(default_factory=dict)
     version: str = "0"
@@ -76,7 +76,7 @@ class FakeEngine:
 
     def abort_request(self, names: list[str]) -> None:
         for name in names:
-            del self.running[name]
+            self.running.pop(name, None)  # as vLLM, of one that it has finished
 
     def step(self) -> list[Any]:
         self.may_step.wait(LONG_S)
@@ -110,7 +110,7 @@ class FakeEngine:
         answer: list[Any] = [None]
         answer += [
             {token: SimpleNamespace(logprob=logprob)}
-            for token, logprob in zip(PROBE.ids[1:], self.probe_answer, strict=True)
+            for token, logprob in zip(PROBE_IDS[1:], self.probe_answer, strict=True)
         ]
         return SimpleNamespace(request_id=PROBE_ID, finished=True, prompt_logprobs=answer)
 
@@ -162,7 +162,19 @@ def requests(*names: str) -> list[GenerateRequest]:
 
 
 def update(version: int = 1) -> WeightUpdate:
-    return WeightUpdate(version, LAYOUT.id, (), PROBE)
+    return WeightUpdate(version, LAYOUT.id, (), PROBE_IDS)
+
+
+def answer(version: int = 1, **changes: Any) -> ProbeAnswer:
+    return replace(ProbeAnswer(version, (), LOGPROBS), **changes)
+
+
+async def pushed(generator: Generator, one: WeightUpdate) -> dict[str, float]:
+    """Its proof, of an update to whose probe the learner's answer comes, too."""
+    telling = asyncio.gather(generator.receive_answer(answer(one.version)), return_exceptions=True)
+    proof = await generator.receive_weights(one)
+    await telling
+    return proof
 
 
 async def within(awaitable: Any) -> Any:
@@ -237,7 +249,7 @@ async def test_the_layout_that_is_agreed_is_the_engines(make: Make) -> None:
 
 async def test_an_update_is_applied_then_told_to_what_waits_then_proved(make: Make) -> None:
     generator, engine = make()
-    proof = await within(generator.receive_weights(update(3)))
+    proof = await within(pushed(generator, update(3)))
     assert proof["probe_difference"] == 0.0
     assert {"push_s", "verify_s", "apply_s", "probe_s"} < proof.keys()
     assert engine.calls == ["receive_weights", "salt_waiting"]
@@ -249,9 +261,9 @@ async def test_an_update_is_applied_then_told_to_what_waits_then_proved(make: Ma
 async def test_prompts_share_no_cache_over_an_update_even_of_the_same_version(make: Make) -> None:
     generator, engine = make()
     await generated(generator, "a")
-    await within(generator.receive_weights(update(3)))
+    await within(pushed(generator, update(3)))
     await generated(generator, "b", "c")
-    await within(generator.receive_weights(update(3)))  # of a learner that went back
+    await within(pushed(generator, update(3)))  # of a learner that went back
     await generated(generator, "d")
     assert engine.salts["b"] == engine.salts["c"]
     assert len({engine.salts[name] for name in "abd"}) == 3
@@ -260,7 +272,7 @@ async def test_prompts_share_no_cache_over_an_update_even_of_the_same_version(ma
 async def test_nothing_leaves_before_the_probe_is_answered(make: Make) -> None:
     generator, engine = make(steps=3, probe_steps=10**9)
     (future,) = await held_still(generator, engine, "a")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     while "a" in engine.running:
@@ -275,10 +287,75 @@ async def test_nothing_leaves_before_the_probe_is_answered(make: Make) -> None:
     await within(asyncio.gather(push, future))
 
 
+async def test_nothing_leaves_before_the_learner_has_answered_the_probe_either(make: Make) -> None:
+    """Generation goes on meanwhile, and the answer to another update is none."""
+    generator, engine = make(steps=3)
+    (future,) = await held_still(generator, engine, "a")
+    push = asyncio.create_task(generator.receive_weights(update()))
+    await asyncio.sleep(0)
+    engine.may_step.set()
+    while engine.running:
+        await asyncio.sleep(0.001)
+    for other in (answer(2), answer(digests=("another",))):
+        await within(generator.receive_answer(other))
+    await asyncio.sleep(SOON_S)
+    assert not push.done()
+    assert not future.done()
+    assert (await within(generator.status()))["version"] is None
+    await within(generator.receive_answer(answer()))
+    assert (await within(push))["probe_difference"] == 0.0
+    await within(future)
+
+
+async def test_the_learner_s_answer_may_come_first(make: Make) -> None:
+    generator, _ = make()
+    await within(generator.receive_answer(answer(3)))
+    assert (await within(generator.receive_weights(update(3))))["probe_difference"] == 0.0
+
+
+async def test_another_answer_of_the_learner_s_stops_the_generator(make: Make) -> None:
+    generator, _ = make()
+    push = asyncio.create_task(generator.receive_weights(update()))
+    await asyncio.sleep(SOON_S)
+    with pytest.raises(WeightsRejected, match=r"differ by 0\.5"):
+        await within(generator.receive_answer(answer(logprobs=(-0.5, -2.0))))
+    with pytest.raises(WeightsRejected, match=r"differ by 0\.5"):
+        await within(push)
+
+
+@pytest.mark.parametrize("probe_steps", [1, 10**9], ids=["probed", "probing"])
+@pytest.mark.parametrize("by", ["forget", "the next update"])
+async def test_an_update_whose_learner_is_gone_is_given_up_and_proves_nothing(
+    make: Make, by: str, probe_steps: int
+) -> None:
+    generator, engine = make(probe_steps=probe_steps)
+    push = asyncio.create_task(generator.receive_weights(update(3)))
+    (before,) = await generator.generate(requests("a"))
+    await asyncio.sleep(SOON_S)
+    engine.probe_steps = 1
+    if by == "forget":
+        await within(generator.forget())
+        await within(generator.receive_answer(answer(3)))  # it was on its way
+        (between,) = await generator.generate(requests("b"))
+        await asyncio.sleep(SOON_S)
+        assert not between.done()  # the engine has finished it, by weights that nobody proved
+        await within(pushed(generator, update(4)))
+        with pytest.raises(GeneratorFailed):
+            await within(between)
+    else:
+        await within(pushed(generator, update(4)))
+    for given_up in (push, before):
+        with pytest.raises(GeneratorFailed, match="given up"):
+            await within(given_up)
+    (made,) = await generated(generator, "c")
+    assert made.spans == ((4, 0),)
+    assert engine.running == {}
+
+
 async def test_a_wrong_probe_stops_the_generator_and_discards_what_was_held(make: Make) -> None:
     generator, engine = make(steps=3, probe_steps=50, probe_answer=(-0.5, -1.5 - 2 * BOUND))
     (future,) = await held_still(generator, engine, "a")
-    push = asyncio.create_task(generator.receive_weights(update(4)))
+    push = asyncio.create_task(pushed(generator, update(4)))
     await asyncio.sleep(0)
     engine.may_step.set()
     with pytest.raises(WeightsRejected, match=r"generator-0: after version 4 .* differ by 0.002"):
@@ -292,34 +369,34 @@ async def test_a_wrong_probe_stops_the_generator_and_discards_what_was_held(make
 async def test_a_probe_answered_with_no_number_is_wrong(make: Make, logprob: float) -> None:
     generator, _ = make(probe_answer=(-0.5, logprob))
     with pytest.raises(WeightsRejected):
-        await within(generator.receive_weights(update()))
+        await within(pushed(generator, update()))
 
 
 async def test_a_difference_within_the_bound_is_a_proof(make: Make) -> None:
     generator, _ = make(probe_answer=(-0.5, -1.5 + BOUND / 2))
-    proof = await within(generator.receive_weights(update()))
+    proof = await within(pushed(generator, update()))
     assert proof["probe_difference"] == pytest.approx(BOUND / 2)
 
 
 async def test_bytes_that_the_receiver_refuses_stop_the_generator(make: Make) -> None:
     generator, engine = make(failing={"receive_weights": ValueError("the bytes of bucket 3")})
     with pytest.raises(WeightsRejected, match="generator-0: the bytes of bucket 3"):
-        await within(generator.receive_weights(update()))
+        await within(pushed(generator, update()))
     assert PROBE_ID not in engine.added
     assert [type(answer) for answer in await every_call(generator)] == [WeightsRejected] * 4
 
 
 async def test_a_delta_without_its_base_leaves_everything_as_it_was(make: Make) -> None:
     generator, engine = make()
-    await within(generator.receive_weights(update(1)))
+    await within(pushed(generator, update(1)))
     engine.failing["receive_weights"] = NeedsAll("send it in full")
     with pytest.raises(NeedsAll, match="generator-0: send it in full"):
-        await within(generator.receive_weights(update(3)))
+        await within(pushed(generator, update(3)))
     assert (await within(generator.status()))["version"] == 1
     (made,) = await generated(generator, "a")
     assert made.spans == ((1, 0),)
     engine.failing.clear()
-    await within(generator.receive_weights(update(3)))
+    await within(pushed(generator, update(3)))
     assert (await within(generator.status()))["version"] == 3
 
 
@@ -342,7 +419,7 @@ async def test_an_engine_that_fails_under_a_push_fails_the_push(
 ) -> None:
     generator, engine = make(weight_update, steps=90, probe_steps=90, fails_in_step=20)
     (future,) = await held_still(generator, engine, "a")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     answers = await within(asyncio.gather(push, future, return_exceptions=True))
@@ -365,7 +442,7 @@ async def test_an_engine_that_refuses_a_call_fails_that_caller_too(make: Make, m
 async def test_drained_an_update_waits_until_nothing_runs(make: Make) -> None:
     generator, engine = make("drained", steps=4)
     futures = await held_still(generator, engine, *"abcd")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     await within(push)
@@ -378,7 +455,7 @@ async def test_drained_an_update_waits_until_nothing_runs(make: Make) -> None:
 async def test_with_finish_all_weights_wait_for_every_request_that_came_before(make: Make) -> None:
     generator, engine = make(finish_all=True, steps=4)
     futures = await held_still(generator, engine, *"abcdef")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     await within(push)
@@ -394,7 +471,7 @@ async def test_while_it_drains_a_generator_answers_and_what_is_added_waits(
 ) -> None:
     generator, engine = make("drained", finish_all=finish_all, steps=10**9)
     old = await held_still(generator, engine, "a")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     while engine.num_steps < 10:
@@ -413,7 +490,7 @@ async def test_while_it_drains_a_generator_answers_and_what_is_added_waits(
 async def test_a_generator_that_drains_can_be_told_to_forget(make: Make) -> None:
     generator, engine = make("drained", finish_all=True, steps=10**9)
     futures = await held_still(generator, engine, *"abcd")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     await within(generator.forget())
@@ -439,7 +516,7 @@ async def test_what_is_forgotten_fails_its_waiters_and_the_generator_goes_on(mak
 async def test_in_flight_an_update_falls_between_two_steps_of_what_runs(make: Make) -> None:
     generator, engine = make("in_flight", steps=1000)
     futures = await held_still(generator, engine, *"ab")
-    push = asyncio.create_task(generator.receive_weights(update()))
+    push = asyncio.create_task(pushed(generator, update()))
     await asyncio.sleep(0)
     engine.may_step.set()
     await within(push)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,21 @@ class DeadRank:
         return die
 
 
+class Recorder:
+    """A rank that says what it was asked, and in which order."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getattr__(self, method: str) -> Any:
+        async def answer(*_: Any) -> str:
+            self.asked.append(method)
+            await asyncio.sleep(0)
+            return method
+
+        return answer
+
+
 class FullDisk:
     def save_trajectories(self, *_: Any) -> None:
         raise OSError("no space left on device")
@@ -62,6 +78,14 @@ async def test_a_rank_that_dies_is_a_lost_learner_in_every_call(
 def test_every_call_is_tried() -> None:
     methods = {name for name in vars(LearnerGroup) if not name.startswith("_")}
     assert methods - {"restart"} == set(CALLS)
+
+
+async def test_no_step_comes_between_the_weights_and_their_answer_to_the_probe() -> None:
+    group = group_of(rank := Recorder())
+    update, answering = await group.publish(1)
+    await group.policy_logprobs(None)
+    assert (update, await answering) == ("publish", "answer_probe")
+    assert rank.asked == ["publish", "answer_probe", "policy_logprobs"]
 
 
 async def test_without_new_ranks_or_with_an_error_of_the_call_it_is_not() -> None:

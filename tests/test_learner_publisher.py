@@ -51,21 +51,23 @@ def published(rank, meeting, one: Case, folder: Path, name: str | None):
     versions, bytes_at_end = [], {}
     for version in (1, 2, 3):
         worker.update(batch_table(seed=version), version, version, str(folder))
-        update = worker.publish(version)
+        update, answer = worker.publish(version), worker.answer_probe(version)
         data = None
         if update is not None:
             data = (
                 np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
             )
-        versions.append({"update": update, "data": data, "weights": weights_of(worker)})
+        versions.append(
+            {"update": update, "answer": answer, "data": data, "weights": weights_of(worker)}
+        )
     for one_version in versions[1:] if rank == 0 else []:
         update = one_version["update"]
         bytes_at_end[update.version] = (
             np.fromfile(update.segment, np.uint8) if segment else np.concatenate(update.payload)
         )
     files = sorted(folder.glob("weights*"))
-    again = worker.last_update(in_message=False)
-    message = worker.last_update(in_message=True)
+    again = worker.last_update(in_message=False) if rank == 0 else None
+    message = worker.last_update(in_message=True) if rank == 0 else None
     worker.close()
     left = sorted(folder.glob("weights*")) if rank == 0 else []
     return {
@@ -95,7 +97,8 @@ def deltas(rank, meeting, one: Case, folder: Path):
     updates = []
     for version in (1, 2, 3):
         worker.update(batch_table(seed=version), version, version, str(folder))
-        updates.append((worker.publish(version), worker.last_update(in_message=False)))
+        update, _ = worker.publish(version), worker.answer_probe(version)
+        updates.append((update, worker.last_update(in_message=False)[0] if rank == 0 else None))
     worker.close()
     return layout, updates
 
@@ -124,10 +127,9 @@ def at_one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory):
-    """One rank again, as with large weights: many buckets, written while the probe is answered."""
+    """One rank again, as with large weights: many buckets, written by several threads."""
     folder = tmp_path_factory.mktemp("segments")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_writer, "OVERLAP_BYTES", 0)
         patch.setattr(weight_writer, "PIECE_BYTES", 4096)
         patch.setattr(weight_update, "BUCKET_BYTES", 20_480)
         run = {
@@ -179,7 +181,7 @@ def test_both_ways_carry_the_same_bytes_and_each_version_other_ones(runs, name):
     for a, b in zip(mapped["versions"], sent["versions"], strict=True):
         assert np.array_equal(a["data"], b["data"])
         assert a["update"].digests == b["update"].digests
-        assert a["update"].probe == b["update"].probe
+        assert a["answer"].logprobs == b["answer"].logprobs
     digests = [version["update"].digests for version in mapped["versions"]]
     assert len(set(digests)) == 3
     assert [version["update"].version for version in mapped["versions"]] == [1, 2, 3]
@@ -195,7 +197,8 @@ def test_what_was_published_stays_as_it_was_while_the_next_version_is_made(runs,
 def test_for_a_generator_on_another_machine_the_segment_goes_into_the_message(runs):
     for where in (True, False):
         run = runs["tied float32", where]
-        last, message = run["versions"][-1], run["message"]
+        last, (message, answer) = run["versions"][-1], run["message"]
+        assert answer == last["answer"]
         assert (message.version, message.digests, message.segment) == (
             last["update"].version,
             last["update"].digests,
@@ -234,9 +237,10 @@ def test_the_probe_is_what_transformers_answers_from_the_same_weights(runs, name
             strict=False,
         ).missing_keys
         assert set(missing) <= {"lm_head.weight"}
-        probe = version["update"].probe
-        expected = hf_logprobs(model, probe.ids[:1], probe.ids[1:], 1.0)
-        torch.testing.assert_close(torch.tensor(probe.logprobs), expected, rtol=0, atol=1e-5)
+        ids, answer = version["update"].probe_ids, version["answer"]
+        assert answer.is_to(version["update"])
+        expected = hf_logprobs(model, ids[:1], ids[1:], 1.0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["one rank", "two ranks"])
@@ -261,7 +265,8 @@ def test_deltas_make_each_version_of_the_one_before(ranks, tmp_path):
 @pytest.mark.parametrize("where", [True, False], ids=["shared memory", "in the message"])
 def test_the_last_version_can_be_had_again_in_full(runs, where):
     run = runs["tied float32", where]
-    last, again = run["versions"][-1]["update"], run["again"]
+    last, (again, answer) = run["versions"][-1]["update"], run["again"]
+    assert answer.is_to(again)
     assert (again.version, again.digests, again.segment) == (3, last.digests, last.segment)
     assert again.payload_bytes == (0 if where else run["layout"].total_bytes)
     if not where:
@@ -270,7 +275,8 @@ def test_the_last_version_can_be_had_again_in_full(runs, where):
 
 def test_only_rank_zero_speaks_and_the_message_travels(at_two):
     for key, run in at_two[1].items():
-        assert all(version["update"] is None for version in run["versions"]), key
+        said = [(version["update"], version["answer"]) for version in run["versions"]]
+        assert said == [(None, None)] * 3, key
         assert run["layout"] == at_two[0][key]["layout"]
     update = at_two[0]["tied bfloat16", False]["versions"][0]["update"]
     copied = pickle.loads(pickle.dumps(update))
@@ -281,7 +287,7 @@ def test_only_rank_zero_speaks_and_the_message_travels(at_two):
 def test_the_probe_is_fixed_and_of_ordinary_tokens():
     ids = probe_ids(97, {0, 1})
     assert ids == probe_ids(97, {0, 1})
-    assert len(ids) == 8
+    assert len(ids) == 3
     assert not {0, 1} & set(ids)
     assert all(type(token) is int and token < 97 for token in ids)
 
@@ -290,9 +296,22 @@ def test_the_probe_of_weights_that_wait_on_the_cpu_goes_through_fsdp(monkeypatch
     """Which alone brings them to the GPU."""
     worker = case(ppo_config(epochs=1)).start()
     worker.prepare_publish(None)
-    expected = worker.publish(1).probe
+    worker.publish(1)
+    expected = worker.answer_probe(1)
     offloaded = worker._spec.learner.model_copy(update={"cpu_offload": True})
     worker._spec = replace(worker._spec, learner=offloaded)
     monkeypatch.setattr("learner.learner_worker.unsharded", lambda _: pytest.fail("unsharded"))
-    probe = worker.publish(2).probe
-    np.testing.assert_allclose(probe.logprobs, expected.logprobs, atol=1e-5)
+    worker.publish(2)
+    answer = worker.answer_probe(2)
+    np.testing.assert_allclose(answer.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_weights_that_have_changed_since_answer_for_no_version(tmp_path):
+    worker = case(ppo_config(epochs=1)).start()
+    worker.prepare_publish(None)
+    worker.publish(1)
+    worker.update(batch_table(seed=1), 1, 1, str(tmp_path))
+    with pytest.raises(RuntimeError, match="no longer those of version 1"):
+        worker.answer_probe(1)
+    with pytest.raises(RuntimeError, match="publish and answer_probe come first"):
+        worker.last_update(in_message=False)

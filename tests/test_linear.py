@@ -17,12 +17,14 @@ from learner.linear import Linear, add_product, linear, use_fast_products
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor for which it is the faster."""
     monkeypatch.setattr(products, "takes_onednn", lambda: True)
+    monkeypatch.setattr(products, "rows_of_mkl", lambda: 0)
 
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     yield
     products.takes_onednn.cache_clear()
+    products.rows_of_mkl.cache_clear()
 
 
 def both(bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -116,12 +118,16 @@ def test_the_processor_decides_on_many_tokens(
     cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n")
     monkeypatch.setattr("actors.onednn.CPUINFO", cpuinfo)
     products.takes_onednn.cache_clear()
+    products.rows_of_mkl.cache_clear()
     taken = []
     product = products.product
     monkeypatch.setattr(products, "product", lambda x, *rest: taken.append(x) or product(x, *rest))
     _, layer = both(bias=True)
-    layer(torch.randn(1, 8, 48))  # a probe
+    layer(torch.randn(1, 8, 48))
     assert len(taken) == 1
+    layer(torch.randn(1, 3, 48))  # a probe
+    by_onednn = vendor != "GenuineIntel"
+    assert len(taken) == 1 + by_onednn
     layer(torch.randn(1, 64, 48))
-    assert len(taken) == 1 + fast
+    assert len(taken) == 1 + by_onednn + fast
     assert (products.row_multiple(torch.device("cpu"), "float32") == products.ROWS) is fast

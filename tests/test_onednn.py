@@ -45,15 +45,17 @@ def test_the_processor_decides_on_many_rows(
 ) -> None:
     taken = []
     monkeypatch.setattr(onednn, "takes_onednn", lambda: many_are_faster)
+    monkeypatch.setattr(onednn, "rows_of_mkl", lambda: 0 if many_are_faster else 3)
     monkeypatch.setattr(
         onednn, "product", lambda x, *rest: taken.append(len(x)) or product(x, *rest)
     )
     weight = torch.randn(33, 48)
-    for rows in (1, FEW_ROWS, FEW_ROWS + 1, 500):
+    for rows in (1, 3, 4, FEW_ROWS, FEW_ROWS + 1, 500):
         x = torch.randn(rows, 48)
         torch.testing.assert_close(
             faster_product(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-5
         )
     low = torch.randn(8, 48, dtype=torch.bfloat16), torch.randn(33, 48, dtype=torch.bfloat16)
     assert torch.equal(faster_product(*low), F.linear(*low))
-    assert taken == [1, FEW_ROWS, *([FEW_ROWS + 1, 500] if many_are_faster else [])]
+    few = [4, FEW_ROWS]
+    assert taken == ([1, 3, *few, FEW_ROWS + 1, 500] if many_are_faster else few)

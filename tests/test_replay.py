@@ -23,7 +23,7 @@ from rich.console import Console
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.trajectory import Prompt, keys_of, packed, to_table
-from actors.weight_update import WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightUpdate
 from cluster import checkpoints, cli, replay_bundle, run_state
 from cluster.audit import audit
 from cluster.config import RunConfig
@@ -94,6 +94,9 @@ class Rollers:
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         self.version = update.version
         return {"probe_difference": 0.0}
+
+    async def receive_answer(self, answer: ProbeAnswer) -> None:
+        return
 
 
 class Rewards:

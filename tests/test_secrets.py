@@ -24,7 +24,7 @@ import pytest
 from actors.generate_request import GenerateRequest
 from actors.rollout_worker import RolloutWorker
 from actors.trajectory import Completion
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
 from cluster import cli, deployment, redaction, submit
 from cluster.redaction import hide, printable
 from cluster.roles import RewardRole, RolloutSpec, settle_in
@@ -65,6 +65,9 @@ class TalkativeEngine:
     async def receive_weights(self, update: WeightUpdate) -> dict[str, float]:
         self._version = update.version
         return {"probe_difference": 0.0}
+
+    async def receive_answer(self, answer: ProbeAnswer) -> None:
+        return
 
     async def status(self) -> dict[str, Any]:
         return {"busy_s": 0.1, "running": 0, "waiting": 0, "first_token_at": 1.0,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from actors.weight_update import WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightUpdate
 from cluster import deployment, stop
 from tests import test_secrets
 from tests.test_secrets import TalkativeEngine, config, raylign, world  # noqa: F401  (fixtures)
@@ -79,6 +79,9 @@ class StuckEngine(TalkativeEngine):
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(3600)
         return await super().receive_weights(update)
+
+    async def receive_answer(self, answer: ProbeAnswer) -> None:
+        return
 
 
 def test_a_run_that_is_stuck_ends_within_the_grace_and_goes_on_from_its_checkpoint(

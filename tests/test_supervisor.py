@@ -15,7 +15,13 @@ from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.scored import Dropped
 from actors.trajectory import Prompt, from_table, packed, select, to_table
-from actors.weight_update import NeedsAll, Probe, WeightLayout, WeightsRejected, WeightUpdate
+from actors.weight_update import (
+    NeedsAll,
+    ProbeAnswer,
+    WeightLayout,
+    WeightsRejected,
+    WeightUpdate,
+)
 from cluster import polling
 from cluster.generator_group import Replacement
 from cluster.learner_group import LearnerLost
@@ -28,7 +34,8 @@ from tests import tiny
 POLL_S, TIMEOUT_S, LONG_S = 0.01, 0.25, 5.0
 SAMPLES = 2
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
-UPDATE = WeightUpdate(3, LAYOUT.id, (), Probe((1, 2), (-0.5,)))
+UPDATE = WeightUpdate(3, LAYOUT.id, (), (1, 2))
+ANSWER = ProbeAnswer(3, (), (-0.5,))
 
 
 class ActorDiedError(Exception):
@@ -45,6 +52,7 @@ class FakeWorker:
         self.failure: Exception | None = None
         self.silent: set[str] = set()  # methods that never answer
         self.updates: list[Any] = []
+        self.answers: list[ProbeAnswer] = []
         self.samples_for_s = 0.0
         self.dead = self.rejects = self.elsewhere = False
         self.log: list[str] = []
@@ -119,6 +127,11 @@ class FakeWorker:
         self.updates.append(update)
         return {"probe_difference": 0.0}
 
+    async def receive_answer(self, answer: ProbeAnswer) -> None:
+        await self._maybe_silent("receive_answer")
+        self._alive()
+        self.answers.append(answer)
+
     async def sample(self, prompts: list[Prompt], temperature: float, seed: int) -> list[Any]:
         self._alive()
         await asyncio.sleep(self.samples_for_s)
@@ -129,8 +142,15 @@ class FakeWorker:
             await asyncio.sleep(60)
 
 
-async def last_update(in_message: bool) -> WeightUpdate:
-    return UPDATE
+async def last_update(in_message: bool) -> tuple[WeightUpdate, ProbeAnswer]:
+    return UPDATE, ANSWER
+
+
+async def pushed(supervisor: Supervisor, update: WeightUpdate = UPDATE) -> list[dict[str, float]]:
+    """Its proofs, with a learner that has answered the probe."""
+    answering: asyncio.Future[ProbeAnswer] = asyncio.get_running_loop().create_future()
+    answering.set_result(replace(ANSWER, version=update.version))
+    return await supervisor.push(update, answering)
 
 
 Make = Callable[..., tuple[Supervisor, list[FakeWorker]]]
@@ -153,7 +173,7 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
         spares: list[FakeWorker] | None = None,
         max_restarts: int = 10,
         host: Host | None = None,
-        last_update: Callable[[bool], Awaitable[WeightUpdate]] = last_update,
+        last_update: Callable[[bool], Awaitable[tuple[WeightUpdate, ProbeAnswer]]] = last_update,
     ) -> tuple[Supervisor, list[FakeWorker]]:
         fakes = [FakeWorker(by_itself=by_itself) for _ in range(workers)]
 
@@ -419,11 +439,12 @@ async def test_what_was_handed_out_already_is_not_handed_out_again(make: Make) -
 async def test_weights_are_received_when_every_generator_has_proved_them(make: Make) -> None:
     supervisor, workers = make()
     await supervisor.group.agree_layout(LAYOUT)
-    assert await supervisor.push(UPDATE) == [{"probe_difference": 0.0}] * 2
+    assert await pushed(supervisor) == [{"probe_difference": 0.0}] * 2
     assert [worker.updates for worker in workers] == [[UPDATE]] * 2
+    assert [worker.answers for worker in workers] == [[ANSWER]] * 2
     workers[1].silent.add("receive_weights")
     with pytest.raises(RoleFailed, match="generator-1: no answer to receive_weights"):
-        await supervisor.push(replace(UPDATE, version=4))
+        await pushed(supervisor, replace(UPDATE, version=4))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -442,7 +463,7 @@ async def test_samples_are_spread_over_all_generators_and_come_in_the_order_of_t
 async def opened(supervisor: Supervisor) -> None:
     """As a run is after its start: a layout agreed on, a first version proved."""
     await supervisor.group.agree_layout(LAYOUT)
-    await supervisor.push(UPDATE)
+    await pushed(supervisor)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -527,15 +548,16 @@ async def test_weights_come_in_the_message_where_their_segment_is_not(make: Make
     spare, asked = FakeWorker(), []
     spare.elsewhere = True
 
-    async def in_full(in_message: bool) -> WeightUpdate:
+    async def in_full(in_message: bool) -> tuple[WeightUpdate, ProbeAnswer]:
         asked.append(in_message)
-        return UPDATE if in_message else replace(UPDATE, segment="/dev/shm/of-another")
+        elsewhere = replace(UPDATE, segment="/dev/shm/of-another")
+        return UPDATE if in_message else elsewhere, ANSWER
 
     supervisor, workers = make(2, workers=1, spares=[spare], last_update=in_full)
     await opened(supervisor)
     workers[0].dead = True
     await until(lambda: spare.updates == [UPDATE] and supervisor.group.roster.present() == [0])
-    await supervisor.push(replace(UPDATE, version=4, segment="/dev/shm/of-another"))
+    await pushed(supervisor, replace(UPDATE, version=4, segment="/dev/shm/of-another"))
     assert spare.updates == [UPDATE] * 2  # what in_full gives is the newest
     assert asked == [False, True, True]
 
@@ -543,7 +565,7 @@ async def test_weights_come_in_the_message_where_their_segment_is_not(make: Make
 async def test_a_learner_lost_while_a_generator_is_replaced_is_told_as_that(make: Make) -> None:
     """And does not use up the generators that may still be started."""
 
-    async def lost(in_message: bool) -> WeightUpdate:
+    async def lost(in_message: bool) -> tuple[WeightUpdate, ProbeAnswer]:
         raise LearnerLost("learner-0: its process died", kind="died")
 
     supervisor, workers = make(2, workers=1, spares=[FakeWorker()], last_update=lost)
@@ -554,6 +576,23 @@ async def test_a_learner_lost_while_a_generator_is_replaced_is_told_as_that(make
     assert supervisor.group.roster.present() == []
 
 
+async def test_a_learner_that_is_lost_before_it_answers_the_probe_is_told_as_that(
+    make: Make,
+) -> None:
+    """At once, though the generators' proofs would never come; and no generator is given up for it."""
+    supervisor, workers = make(2, spares=[FakeWorker()])
+    await opened(supervisor)
+    for worker in workers:
+        worker.silent.add("receive_weights")
+    answering: asyncio.Future[ProbeAnswer] = asyncio.get_running_loop().create_future()
+    pushing = asyncio.create_task(supervisor.push(replace(UPDATE, version=4), answering))
+    await asyncio.sleep(0)
+    answering.set_exception(LearnerLost("learner-0: its process died", kind="died"))
+    with pytest.raises(LearnerLost, match="learner-0"):
+        await asyncio.wait_for(pushing, TIMEOUT_S / 2)
+    assert supervisor.group.roster.present() == [0, 1]
+
+
 async def test_a_generator_that_rejects_weights_is_replaced_and_the_push_counts_for_the_others(
     make: Make,
 ) -> None:
@@ -561,7 +600,7 @@ async def test_a_generator_that_rejects_weights_is_replaced_and_the_push_counts_
     supervisor, workers = make(2, spares=[spare])
     await supervisor.group.agree_layout(LAYOUT)
     workers[1].rejects = True
-    assert len(await supervisor.push(UPDATE)) == 1
+    assert len(await pushed(supervisor)) == 1
     assert supervisor.version == UPDATE.version
     await until(lambda: supervisor.group.roster.present() == [0, 1])
     assert spare.updates == [UPDATE]
@@ -574,7 +613,7 @@ async def test_a_generator_that_joined_with_a_version_is_not_pushed_it_again(mak
     await opened(supervisor)
     workers[0].dead = True
     await until(lambda: spare.updates == [UPDATE] and supervisor.group.roster.present() == [0, 1])
-    await supervisor.push(UPDATE)
+    await pushed(supervisor)
     assert spare.updates == [UPDATE]
     assert workers[1].updates == [UPDATE]
 
@@ -684,7 +723,7 @@ async def test_first_weights_that_all_reject_end_the_run_at_once(make: Make) -> 
     for worker in workers:
         worker.rejects = True
     with pytest.raises(RoleFailed, match="the digest is another"):
-        await asyncio.wait_for(supervisor.push(UPDATE), LONG_S)
+        await asyncio.wait_for(pushed(supervisor), LONG_S)
 
 
 async def test_prompts_that_are_all_dropped_end_the_run_and_their_reason_is_told(
@@ -770,7 +809,7 @@ async def test_one_that_left_is_pushed_nothing_and_its_place_is_not_given_again(
     await supervisor.scale(1)
     await supervisor.scale(2)
     assert supervisor.group.roster.present() == [0, 2]
-    assert len(await supervisor.push(replace(UPDATE, version=4))) == 2
+    assert len(await pushed(supervisor, replace(UPDATE, version=4))) == 2
     assert [update.version for update in workers[1].updates] == [3]
     assert [update.version for update in workers[2].updates] == [3, 4]
 

@@ -15,7 +15,6 @@ from actors import weight_update
 from actors.weight_update import (
     ALIGNMENT,
     ITEM_BYTES,
-    Probe,
     TensorSpec,
     WeightLayout,
     WeightsRejected,
@@ -25,7 +24,7 @@ from actors.weight_update import (
     verify,
 )
 
-PROBE = Probe((1, 2, 3), (-0.5, -1.5))
+LOGPROBS = (-0.5, -1.5)
 dtypes = st.sampled_from(sorted(ITEM_BYTES))
 shapes = st.lists(
     st.tuples(st.text(max_size=5), st.lists(st.integers(0, 9), max_size=3).map(tuple)), max_size=8
@@ -33,7 +32,7 @@ shapes = st.lists(
 
 
 def sent(layout: WeightLayout, data: np.ndarray, version: int = 7) -> WeightUpdate:
-    return WeightUpdate(version, layout.id, digest_buckets(layout, data), PROBE)
+    return WeightUpdate(version, layout.id, digest_buckets(layout, data), (1, 2, 3))
 
 
 @pytest.fixture
@@ -231,22 +230,21 @@ def test_the_probes_difference_is_the_largest_one(
 ) -> None:
     place = data.draw(st.integers(0, len(logprobs) - 1))
     answered = [*logprobs[:place], logprobs[place] + off, *logprobs[place + 1 :]]
-    probe = Probe(tuple(range(len(logprobs) + 1)), tuple(logprobs))
-    assert probe_difference(probe, answered) == pytest.approx(abs(off), abs=1e-9)
-    assert probe_difference(probe, logprobs) == 0.0
+    assert probe_difference(logprobs, answered) == pytest.approx(abs(off), abs=1e-9)
+    assert probe_difference(logprobs, logprobs) == 0.0
 
 
 @pytest.mark.parametrize("answered", [[], [-0.5], [-0.5, -1.5, -1.0]])
 def test_a_token_too_few_or_too_many_is_no_proof(answered: list[float]) -> None:
-    assert probe_difference(PROBE, answered) == math.inf
+    assert probe_difference(LOGPROBS, answered) == math.inf
 
 
 def test_a_probe_of_nothing_proves_nothing() -> None:
-    assert probe_difference(Probe((1,), ()), []) == math.inf
+    assert probe_difference([], []) == math.inf
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_on_either_side_is_no_proof(value: float) -> None:
-    assert probe_difference(PROBE, [-0.5, value]) == math.inf
-    assert probe_difference(Probe((1, 2, 3), (-0.5, value)), [-0.5, -1.5]) == math.inf
-    assert probe_difference(Probe((1, 2, 3), (-0.5, value)), [-0.5, value]) == math.inf
+    assert probe_difference(LOGPROBS, [-0.5, value]) == math.inf
+    assert probe_difference([-0.5, value], LOGPROBS) == math.inf
+    assert probe_difference([-0.5, value], [-0.5, value]) == math.inf

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from actors.vllm_engine import CPU_ENGINE_ENV
-from actors.weight_update import WeightsRejected, WeightUpdate
+from actors.weight_update import ProbeAnswer, WeightsRejected, WeightUpdate
 from tests.chaos.faults import Fault, Hang
-from tests.integration.engines import learner_and_engine
+from tests.integration.engines import learner_and_engine, prove
 
 REQUESTS, WITHIN_S = 6, 30.0
 
@@ -45,26 +45,28 @@ async def _one(
     started = time.monotonic()
     generator = make()
     await generator.agree_layout(layout)
-    await generator.receive_weights(learner.publish(2 * number))
+    await prove(generator, learner.publish(2 * number), learner.answer_probe(2 * number))
     requests = [
         GenerateRequest(f"r{i}", (40, 41, 42), max_tokens=64, temperature=1.0, seed=i)
         for i in range(REQUESTS)
     ]
     futures = await generator.generate(requests)
     await asyncio.sleep(rng.uniform(0.0, 0.05))  # somewhere among the steps
-    wrong, undo = _spoiled(learner.publish(2 * number + 1), kind, rng)
+    version = 2 * number + 1
+    update, answer = learner.publish(version), learner.answer_probe(version)
+    wrong, answer, undo = _spoiled(update, answer, kind, rng)
     struck = time.monotonic()
     try:
-        await asyncio.wait_for(generator.receive_weights(wrong), WITHIN_S)
+        await asyncio.wait_for(prove(generator, wrong, answer), WITHIN_S)
         raise AssertionError(f"weights with a wrong {kind} were taken")
     except WeightsRejected:
         noticed = time.monotonic() - struck
     finally:
         undo()
     done = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), WITHIN_S)
-    bad = str(2 * number + 1)
+    bad = str(version)
     unproved = sum(
-        any(str(version) == bad for version, _ in one.spans)
+        any(str(of) == bad for of, _ in one.spans)
         for one in done
         if not isinstance(one, BaseException)
     )
@@ -75,22 +77,19 @@ async def _one(
 
 
 def _spoiled(
-    update: WeightUpdate, kind: str, rng: random.Random
-) -> tuple[WeightUpdate, Callable[[], None]]:
-    """The update with one thing wrong, and how the segment is put right again."""
+    update: WeightUpdate, answer: ProbeAnswer, kind: str, rng: random.Random
+) -> tuple[WeightUpdate, ProbeAnswer, Callable[[], None]]:
+    """Update and answer with one thing wrong, and how the segment is put right again."""
     if kind == "byte":
         image = np.memmap(update.segment, np.uint8, "r+")
         place, bit = rng.randrange(len(image)), 1 << rng.randrange(8)
         image[place] ^= bit
-        return update, lambda: image.__setitem__(place, image[place] ^ bit)
+        return update, answer, lambda: image.__setitem__(place, image[place] ^ bit)
+    if kind == "probe":
+        off = tuple(logprob + rng.uniform(0.01, 1.0) for logprob in answer.logprobs)
+        return update, dataclasses.replace(answer, logprobs=off), lambda: None
     changes: dict[str, Any] = {
         "digest": {"digests": ("0" * 32, *update.digests[1:])},
         "layout": {"layout_id": "another"},
-        "probe": {
-            "probe": dataclasses.replace(
-                update.probe,
-                logprobs=tuple(x + rng.uniform(0.01, 1.0) for x in update.probe.logprobs),
-            )
-        },
     }[kind]
-    return dataclasses.replace(update, **changes), lambda: None
+    return dataclasses.replace(update, **changes), answer, lambda: None

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+async def prove(generator: Any, update: Any, answer: Any) -> dict[str, float]:
+    """The generator's proof of an update, which comes to it with the learner's answer to the probe."""
+    telling = asyncio.gather(generator.receive_answer(answer), return_exceptions=True)
+    proof: dict[str, float] = await generator.receive_weights(update)
+    await telling
+    return proof
 
 
 def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[..., Any]]:

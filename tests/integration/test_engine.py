@@ -17,8 +17,8 @@ import pytest
 from actors import vllm_engine, weight_segment
 from actors.vllm_engine import CPU_ENGINE_ENV
 from actors.weight_segment import SegmentInUse
-from actors.weight_update import WeightsRejected, WeightUpdate
-from tests.integration.engines import learner_and_engine
+from actors.weight_update import ProbeAnswer, WeightsRejected, WeightUpdate
+from tests.integration.engines import learner_and_engine, prove
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -36,14 +36,12 @@ class Bench:
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
 
-    def publish(self) -> WeightUpdate:
+    def publish(self) -> tuple[WeightUpdate, ProbeAnswer]:
         self.version += 1
-        update = self.learner.publish(self.version)
-        assert update is not None
-        return update
+        return self.learner.publish(self.version), self.learner.answer_probe(self.version)
 
     def push(self) -> dict[str, float]:
-        return self.run(self.generator.receive_weights(self.publish()))
+        return self.run(prove(self.generator, *self.publish()))
 
     def generate(self, *requests: Any) -> list[Any]:
         async def all_of_them() -> list[Any]:
@@ -128,7 +126,7 @@ def test_running_completions_go_on_under_new_weights_and_know_where(bench: Bench
             await asyncio.sleep(0)
         await asyncio.sleep(0.05)
         perturb(bench, 0.01)
-        await bench.generator.receive_weights(bench.publish())
+        await prove(bench.generator, *bench.publish())
         return await asyncio.gather(*futures)
 
     completions = bench.run(push_in_flight())
@@ -150,7 +148,7 @@ def test_a_prompt_finds_no_cache_that_older_weights_computed(bench: Bench) -> No
         long, short = await bench.generator.generate([running, alike[0]])
         await short
         perturb(bench, 0.5)
-        await bench.generator.receive_weights(bench.publish())
+        await prove(bench.generator, *bench.publish())
         assert not long.done(), "nothing ran any more"
         new = await asyncio.gather(*await bench.generator.generate(alike[1:]))
         await long
@@ -177,7 +175,7 @@ def test_what_vllm_holds_back_at_a_push_is_of_the_new_weights(
             await asyncio.sleep(0)
         await asyncio.sleep(0.02)
         perturb(bench, 0.5)
-        pushing = asyncio.create_task(bench.generator.receive_weights(bench.publish()))
+        pushing = asyncio.create_task(prove(bench.generator, *bench.publish()))
         await asyncio.sleep(0.02)
         monkeypatch.undo()  # the probe has no seat otherwise
         await pushing
@@ -267,11 +265,11 @@ def test_an_engine_may_compute_on_the_segment_that_the_learner_writes(
         completion = bench.generate(request(f"shared{number}", temperature=1.0))[0]
         expected = learner_logprobs(bench, (40, 41, 42, 43), completion, 1.0)
         np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-    update = bench.publish()
+    written = bench.publish()
     monkeypatch.setattr(weight_segment, "WRITE_WAIT_S", 0.0)
     with pytest.raises(SegmentInUse, match="a receiver still reads"):  # what it proved last
         bench.publish()
-    bench.run(generator.receive_weights(update))
+    bench.run(prove(generator, *written))
     bench.push()
 
 
@@ -279,7 +277,7 @@ def test_a_flipped_bit_is_refused_and_nothing_is_sampled_after_it(bench: Bench) 
     """The last test: the generator is dead after it."""
     from actors.generate_request import GeneratorFailed
 
-    update = bench.publish()
+    update, _ = bench.publish()
     segment = bytearray(Path(update.segment).read_bytes())
     segment[len(segment) // 3] ^= 0b100
     Path(update.segment).write_bytes(segment)

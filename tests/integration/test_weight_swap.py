@@ -17,7 +17,6 @@ from actors.vllm_engine import CPU_ENGINE_ENV, make_engine, probe_params
 from actors.weight_segment import SegmentInUse, WrittenSegment
 from actors.weight_update import (
     NeedsAll,
-    Probe,
     Refused,
     WeightLayout,
     WeightsRejected,
@@ -63,7 +62,7 @@ class Bench:
 
     def update(self, image: np.ndarray, **how: Any) -> WeightUpdate:
         digests = digest_buckets(self.layout, image)
-        return WeightUpdate(self.version, self.layout.id, digests, Probe((1,), ()), **how)
+        return WeightUpdate(self.version, self.layout.id, digests, (1,), **how)
 
     def written(self) -> WeightUpdate:
         image, segment = self.image(), self.segments[self.version % 2]

@@ -16,12 +16,12 @@ async def pushed_and_sampled(folder: Path) -> dict[str, Any]:
 
     from actors.generate_request import GenerateRequest
     from learner.learner_spec import Samples
-    from tests.integration.engines import learner_and_engine
+    from tests.integration.engines import learner_and_engine, prove
 
     learner, layout, make = learner_and_engine(folder)
     generator = make(tensor_parallel_size=2)
     await generator.agree_layout(layout)
-    proof = await generator.receive_weights(learner.publish(1))
+    proof = await prove(generator, learner.publish(1), learner.answer_probe(1))
     prompt = (40, 41, 42, 43)
     request = GenerateRequest("a", prompt, max_tokens=16, temperature=1.0, seed=1)
     completion = await (await generator.generate([request]))[0]
