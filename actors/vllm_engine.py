@@ -50,7 +50,7 @@ def import_vllm() -> None:
     """Import the engine, and on CPU what vLLM would only import when it makes one."""
     logging.getLogger("vllm").addHandler(logging.NullHandler())
     with fast_import():
-        _set_num_threads()
+        _torch_set_num_threads()
         import vllm.v1.engine.llm_engine
         from vllm.platforms import current_platform
 
@@ -58,8 +58,13 @@ def import_vllm() -> None:
             import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
+def set_num_threads(number: int) -> None:
+    """Of what this thread computes on CPU."""
+    _torch_set_num_threads()(number)
+
+
 @functools.cache
-def _set_num_threads() -> Callable[[int], None]:
+def _torch_set_num_threads() -> Callable[[int], None]:
     """torch's own, taken before vLLM makes an engine on CPU: then it puts a refusal in its place, since
     it may have bound threads to cores. Here it binds none."""
     import torch
@@ -74,11 +79,11 @@ def all_cores() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    _set_num_threads()(PUSH_THREADS)
+    set_num_threads(PUSH_THREADS)
     try:
         yield
     finally:
-        _set_num_threads()(threads)
+        set_num_threads(threads)
 
 
 def make_engine(config: GeneratorsConfig, model: str) -> Any:

@@ -9,8 +9,10 @@ is not understood for certain is not planned, and reloaded as before.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ import numpy as np
 import torch
 
 from actors.onednn import faster_product
-from actors.weight_update import TensorSpec, WeightLayout
+from actors.vllm_engine import set_num_threads
+from actors.weight_update import PUSH_THREADS, TensorSpec, WeightLayout
 
 Kind = Literal["linear", "head", "table", "vector"]
 
@@ -49,20 +52,30 @@ class WeightSwap:
     def __init__(self, model: torch.nn.Module, layout: WeightLayout, *, shared: bool) -> None:
         """Raises NotPlanned."""
         self._shared = shared
-        self._places = _plan(model, layout)
-        self._renew = _renew_shared if shared else _renew_packed
+        # The largest first, so that no thread packs it while all others are done.
+        self._places = sorted(_plan(model, layout), key=lambda place: place.start - place.end)
 
-    @torch.no_grad()
     def apply(self, image: np.ndarray) -> None:
         """Take the weights of `image` (uint8 [total_bytes]). Shared, the engine computes on `image`
         from now on; packed, it holds nothing of it afterwards."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch dislikes tensors that cannot be written
             whole = torch.from_numpy(image)
-        for place in self._places:
-            self._renew(place, place.view(whole))
+        if self._shared:
+            for place in self._places:
+                _renew_shared(place, place.view(whole))
+            return
+        # Several matrices at once, each by as many threads as here: vLLM's products are wrong on matrices
+        # packed by another number of threads than the engine first met them with.
+        with ThreadPoolExecutor(PUSH_THREADS, initializer=_threads_as_here()) as threads:
+            list(threads.map(lambda place: _renew_packed(place, place.view(whole)), self._places))
 
 
+def _threads_as_here() -> Callable[[], None]:
+    return functools.partial(set_num_threads, torch.get_num_threads())
+
+
+@torch.no_grad()
 def _renew_packed(place: Place, weights: torch.Tensor) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -83,6 +96,7 @@ def _renew_packed(place: Place, weights: torch.Tensor) -> None:
         module.cpu_linear = torch.nn.functional.linear  # its packed copy was never used
 
 
+@torch.no_grad()
 def _renew_shared(place: Place, weights: torch.Tensor) -> None:
     module: Any = place.module
     getattr(module, place.name).data = weights

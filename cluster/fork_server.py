@@ -13,8 +13,6 @@ Only on CPU, and for a Ray of our own: what is imported may look at a GPU.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gc
 import importlib
 import json
@@ -22,19 +20,18 @@ import os
 import random
 import runpy
 import select
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.vllm_engine import CPU_ENGINE_ENV
+from cluster.driver_folder import DriverFolder
 from learner.learner_spec import LEARNER_ENV
 
 TRUNK = "trunk"
@@ -47,8 +44,6 @@ IMPORTS = {
 }  # fmt: skip
 BRANCHES = {"RolloutRole": "engine", "LearnerRole": "learner", "SFTWorker": "learner"}
 CLIENT = Path(__file__).with_name("fork_client.py")
-PREFIX = "raylign-fork-"
-YOUNG_S = 60.0  # a folder that is younger may be about to be held
 LONGEST = 64  # bytes of the folder for temporary files
 FDS = 3  # a worker's standard input, output and error
 
@@ -57,13 +52,7 @@ class ForkServer:
     """The driver's side."""
 
     def __init__(self, python_path: str, imports: Mapping[str, Sequence[str]] = IMPORTS) -> None:
-        _sweep()
-        # For this user only.
-        self._folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=_short())
-        self._held = contextlib.ExitStack()
-        held = os.open(self._folder.name, os.O_RDONLY)
-        self._held.callback(os.close, held)
-        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        self._folder = DriverFolder(_short())
         listeners = {branch: self._listener(branch) for branch in imports}
         fds = {branch: listener.fileno() for branch, listener in listeners.items()}
         words = json.dumps([imports, fds])
@@ -93,11 +82,10 @@ class ForkServer:
         self._process.stdin.close()  # for the branches, when they have imported
         self._process.kill()
         self._process.wait(10.0)
-        self._folder.cleanup()
-        self._held.close()
+        self._folder.remove()
 
     def _path(self, branch: str) -> str:
-        return f"{self._folder.name}/{branch}"
+        return f"{self._folder.path}/{branch}"
 
     def _listener(self, branch: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX)
@@ -110,20 +98,6 @@ def _short() -> str:
     """Where a socket's path fits: it may have 107 bytes."""
     given = tempfile.gettempdir()
     return given if len(os.fsencode(given)) <= LONGEST else "/tmp"
-
-
-def _sweep() -> None:
-    """Remove what drivers that were killed have left."""
-    for folder in Path(_short()).glob(f"{PREFIX}[0-9]*-*"):
-        with contextlib.suppress(OSError):  # another user's, or one that is held
-            if time.time() - folder.stat().st_mtime < YOUNG_S:
-                continue
-            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(held)
 
 
 def main(imports: Mapping[str, Sequence[str]], fds: Mapping[str, int]) -> None:

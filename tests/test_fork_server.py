@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import fork_server
 from cluster.fork_server import ForkServer
 
 # Small modules in place of torch and vLLM.
@@ -185,7 +184,7 @@ KILLED = """
 import os, signal, sys
 from cluster.fork_server import ForkServer
 server = ForkServer(os.getcwd(), {"trunk": ()})
-print(server._folder.name, flush=True)
+print(server._folder.path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -195,7 +194,6 @@ def test_what_a_killed_driver_left_is_removed_by_the_next_and_nothing_else(
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="f", dir="/tmp"))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(fork_server, "YOUNG_S", 0.0)
     environment = {**os.environ, "TMPDIR": str(folder)}
     words = [sys.executable, "-c", KILLED]
     told = subprocess.run(words, env=environment, capture_output=True, text=True)

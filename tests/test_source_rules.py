@@ -41,6 +41,7 @@ WAITS = {
     "actors/vllm_engine.py:_single_process_group": "a group of one waits for nobody",
     "actors/weight_update.py:digest_buckets": "threads that digest bytes in memory",
     "learner/process_group.py:_store": "a FileStore is told it by set_timeout",
+    "actors/weight_swap.py:WeightSwap.apply": "threads that pack matrices in memory",
     "learner/weight_writer.py:WeightWriter._write_alone": "threads that copy bytes in memory",
     "reward_service/http_scorer.py:HttpScorer._post": "the session's total timeout, timeout_s",
     "reward_service/http_scorer.py:HttpScorer._read": "the session's total timeout, timeout_s",

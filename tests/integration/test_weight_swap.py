@@ -4,6 +4,8 @@ by whichever way they got there. One engine, with untied embeddings and biases, 
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import weight_delta, weight_receiver
+from actors import weight_delta, weight_receiver, weight_swap
 from actors.config import GeneratorsConfig
-from actors.vllm_engine import CPU_ENGINE_ENV, make_engine, probe_params
+from actors.vllm_engine import CPU_ENGINE_ENV, make_engine, probe_params, set_num_threads
 from actors.weight_segment import SegmentInUse, WrittenSegment
 from actors.weight_update import (
     NeedsAll,
@@ -137,6 +139,44 @@ def test_every_update_is_what_transformers_computes(bench: Bench, way: str) -> N
     way_back = bench.update(bench.image(), payload=())
     with pytest.raises(WeightsRejected):
         bench.receiver("receive_weights", replace(way_back, segment=bench.segments[0].path))
+
+
+def test_matrices_are_packed_side_by_side_each_by_as_many_threads_as_the_engine_has(
+    bench: Bench, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(weight_swap, "PUSH_THREADS", 3)
+    plain, packers, sizes = utils.dispatch_cpu_unquantized_gemm, set(), set()
+    at_once = {"reloaded": 1, "packed": 3, "shared": 0}[way]
+    together = threading.Barrier(max(1, at_once), timeout=5.0)
+
+    def pack(module: Any, *, remove_weight: bool) -> None:
+        if threading.get_ident() not in packers:
+            packers.add(threading.get_ident())
+            together.wait()
+        sizes.add(torch.get_num_threads())
+        plain(module, remove_weight=remove_weight)
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", pack)
+    image = bench.image()
+    bench.receiver("receive_weights", bench.update(image, payload=in_pieces(bench.layout, image)))
+    assert bench.error() < 2e-5
+    assert len(packers) == at_once
+    assert sizes == ({torch.get_num_threads()} if at_once else set())
+
+
+def test_a_thread_that_packs_counts_as_many_as_the_one_that_asked(bench: Bench) -> None:
+    import torch
+
+    usual = torch.get_num_threads()
+    set_num_threads(usual + 2)
+    try:
+        with ThreadPoolExecutor(1, initializer=weight_swap._threads_as_here()) as threads:
+            assert threads.submit(torch.get_num_threads).result(5.0) == usual + 2
+    finally:
+        set_num_threads(usual)
 
 
 def test_deltas_are_exact_and_need_their_base(bench: Bench, way: str) -> None:
