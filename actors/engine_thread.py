@@ -16,39 +16,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from actors.config import GeneratorsConfig
 from actors.generate_request import GenerateRequest, GeneratorFailed
 from actors.trajectory import Completion
 from actors.vllm_engine import all_cores, completion_params, probe_params, salt_waiting
-from actors.weight_update import (
-    NeedsAll,
-    ProbeAnswer,
-    Refused,
-    WeightsRejected,
-    WeightUpdate,
-    probe_difference,
-)
+from actors.weight_proof import Deliver, Delivery, WeightProof
+from actors.weight_update import NeedsAll, ProbeAnswer, Refused, WeightsRejected, WeightUpdate
 
 PROBE_ID = "probe"
-
-Deliver = Callable[[Any], None]
-Delivery = tuple[Deliver, Deliver]  # resolve, reject: safe to call from this thread
-
-
-@dataclass
-class _Unproved:
-    """An update that is applied, until the engine has answered the probe as the learner has."""
-
-    update: WeightUpdate
-    resolve: Deliver
-    reject: Deliver
-    spent: dict[str, float]  # seconds, by part
-    started: float
-    probing: bool = True  # the engine is
-    answered: list[float] | None = None  # by the engine
 
 
 class EngineThread:
@@ -68,7 +45,6 @@ class EngineThread:
         self._engine = engine
         self._config = config
         self._name = name
-        self._probe_bound = probe_bound
         self._decode = decode
         self._finish_all = finish_all
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Deliver]] = queue.SimpleQueue()
@@ -76,9 +52,7 @@ class EngineThread:
         self._futures: dict[str, Delivery] = {}
         self._started: dict[str, float] = {}
         self._held: list[Any] = []
-        self._unproved: _Unproved | None = None
-        self._answer: ProbeAnswer | None = None  # the learner's newest
-        self._proved: int | None = None  # the version that has answered its probe
+        self._proof = WeightProof(name, probe_bound)
         self._num_updates = 0  # a version's number may come again, of other weights
         self._closed = False
         self._busy_s = 0.0
@@ -154,22 +128,21 @@ class EngineThread:
 
     def _step(self) -> None:
         started = time.perf_counter()
-        probing = self._unproved is not None and self._unproved.probing
-        with all_cores() if probing else contextlib.nullcontext():
+        with all_cores() if self._proof.probing else contextlib.nullcontext():
             outputs = self._engine.step()
         self._busy_s += time.perf_counter() - started
         if self._first_token_at is None and self._started:
             self._first_token_at = time.time()
         for output in outputs:
             if output.finished and output.request_id == PROBE_ID:
-                self._probed(output)
+                self._proof.engine_answers(output.prompt_logprobs)
             elif output.finished:
                 self._held.append(output)
         self._let_go()
 
     def _let_go(self) -> None:
         """Deliver what is finished, unless the weights are not proved."""
-        if self._unproved is None and self._held:
+        if self._held and not self._proof.pending:
             held, self._held = self._held, []
             for output in held:
                 self._deliver(output)
@@ -193,20 +166,16 @@ class EngineThread:
         )
 
     def apply(self, update: WeightUpdate, delivery: Delivery) -> None:
-        resolve, reject = delivery
-        if self._unproved is not None:  # and never will be: its learner is gone
+        if self._proof.pending:  # and never to be proved: its learner is gone
             self.forget()
         if self._finish_all or self._config.weight_update == "drained":
             self._drain()
         started = time.perf_counter()
-        proved, self._proved = self._proved, None
         try:
-            # Not by all cores: vLLM's products are wrong on matrices packed by another number of threads
-            # than the engine first met them with.
+            # Not by all cores: packing is shared out otherwise (weight_swap.py).
             spent = _received(self._engine.collective_rpc("receive_weights", args=(update,)))
         except NeedsAll as missing:
-            self._proved = proved
-            reject(NeedsAll(f"{self._name}: {missing}"))
+            delivery[1](NeedsAll(f"{self._name}: {missing}"))
             return
         except Exception as error:
             raise WeightsRejected(f"{self._name}: {error}") from error
@@ -214,7 +183,7 @@ class EngineThread:
         self._engine.set_weight_version(str(update.version))
         self._num_updates += 1
         salt_waiting(self._engine, self._salt)
-        self._unproved = _Unproved(update, resolve, reject, spent, time.perf_counter())
+        self._proof.begin(update, delivery, spent)
         self._engine.add_request(PROBE_ID, self._prompt(update.probe_ids), probe_params())
 
     def _drain(self) -> None:
@@ -228,44 +197,15 @@ class EngineThread:
 
     def compare_with(self, answer: ProbeAnswer) -> None:
         """The learner's answer; the update that it is to may still be to come."""
-        self._answer = answer
-        self._prove()
+        self._proof.learner_answers(answer)
         self._let_go()
-
-    def _probed(self, output: Any) -> None:
-        assert self._unproved is not None
-        self._unproved.probing = False
-        self._unproved.spent["probe_s"] = time.perf_counter() - self._unproved.started
-        self._unproved.answered = [
-            position[token].logprob
-            for position, token in zip(
-                output.prompt_logprobs[1:], self._unproved.update.probe_ids[1:], strict=True
-            )
-        ]
-        self._prove()
-
-    def _prove(self) -> None:
-        """Once both answers to the probe are there."""
-        unproved, answer = self._unproved, self._answer
-        if unproved is None or unproved.answered is None or answer is None:
-            return
-        if not answer.is_to(unproved.update):
-            return
-        difference, version = probe_difference(answer.logprobs, unproved.answered), answer.version
-        if difference > self._probe_bound:
-            raise WeightsRejected(
-                f"{self._name}: after version {version} was applied, the probe's logprobs differ by "
-                f"{difference:.2g} from the learner's (bound {self._probe_bound:g}, self_check.probe)"
-            )
-        self._unproved, self._proved = None, version
-        unproved.resolve({**unproved.spent, "probe_difference": difference})
 
     def describe(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "running": len(self._started),
             "waiting": len(self._waiting),
-            "version": self._proved,
+            "version": self._proof.version,
             "busy_s": self._busy_s,
             "weights_s": self._weights_s,
             "completion_tokens": self._num_tokens,
@@ -274,12 +214,9 @@ class EngineThread:
 
     def forget(self) -> None:
         """Give up every request, and the update that is not proved yet: nothing leaves until another is."""
-        running = list(self._started)
-        if self._unproved is not None:
-            running += [PROBE_ID] if self._unproved.probing else []
-            self._unproved.probing, self._unproved.answered = False, None
-            self._unproved.reject(GeneratorFailed(f"{self._name}: the update was given up"))
-        self._engine.abort_request(running)
+        probe = [PROBE_ID] if self._proof.probing else []
+        self._engine.abort_request([*self._started, *probe])
+        self._proof.give_up(GeneratorFailed(f"{self._name}: the update was given up"))
         for _, reject in self._futures.values():
             reject(GeneratorFailed(f"{self._name}: the request was given up"))
         for gone in (self._futures, self._started, self._waiting, self._held):
@@ -290,8 +227,7 @@ class EngineThread:
         error = self._in_words(error)
         for _, reject in self._futures.values():
             reject(error)
-        if self._unproved is not None:
-            self._unproved.reject(error)
+        self._proof.give_up(error)
         while not self._closed:
             _, reject = self._inbox.get()
             reject(error)

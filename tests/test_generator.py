@@ -330,6 +330,7 @@ async def test_an_update_whose_learner_is_gone_is_given_up_and_proves_nothing(
 ) -> None:
     generator, engine = make(probe_steps=probe_steps)
     push = asyncio.create_task(generator.receive_weights(update(3)))
+    await asyncio.sleep(0)
     (before,) = await generator.generate(requests("a"))
     await asyncio.sleep(SOON_S)
     engine.probe_steps = 1
