@@ -40,7 +40,7 @@ from cluster.config import RunConfig
 from cluster.doctor import check_inputs
 from cluster.generator_group import GeneratorGroup
 from cluster.learner_group import LearnerGroup
-from cluster.placement import Member, RoleFailed
+from cluster.placement import Member, RoleFailed, ask
 from cluster.ray_host import RayHost
 from cluster.roles import LearnerRole, RewardRole, RolloutRole
 from cluster.specs import learner_spec, rollout_spec
@@ -157,10 +157,11 @@ class Bench:
             new.append(self._host.start(name, RolloutRole, spec, rewards, env=CPU_ENGINE_ENV))
         self.generators += new
         self.members += new
+        for member in new:
+            await ask(member, member.handle.agree_layout, self._layout, within=TIMEOUT_S)
         self._group = GeneratorGroup(
             self.generators, self._host, timeout_s=TIMEOUT_S, ping_s=TIMEOUT_S
         )
-        await self._group.agree_layout(self._layout)
         for _ in range(2):  # so that both segments are mapped
             await self._group.push(*await self.learner.publish(self._next()))
 
