@@ -54,6 +54,8 @@ class WeightSwap:
         self._shared = shared
         # The largest first, so that no thread packs it while all others are done.
         self._places = sorted(_plan(model, layout), key=lambda place: place.start - place.end)
+        # Small weights are packed sooner by one.
+        self._num_threads = 1 if shared else min(PUSH_THREADS, len(layout.buckets))
 
     def apply(self, image: np.ndarray) -> None:
         """Take the weights of `image` (uint8 [total_bytes]). Shared, the engine computes on `image`
@@ -61,14 +63,15 @@ class WeightSwap:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch dislikes tensors that cannot be written
             whole = torch.from_numpy(image)
-        if self._shared:
+        renew = _renew_shared if self._shared else _renew_packed
+        if self._num_threads == 1:
             for place in self._places:
-                _renew_shared(place, place.view(whole))
+                renew(place, place.view(whole))
             return
         # Several matrices at once, each by as many threads as here: vLLM's products are wrong on matrices
         # packed by another number of threads than the engine first met them with.
-        with ThreadPoolExecutor(PUSH_THREADS, initializer=_threads_as_here()) as threads:
-            list(threads.map(lambda place: _renew_packed(place, place.view(whole)), self._places))
+        with ThreadPoolExecutor(self._num_threads, initializer=_threads_as_here()) as threads:
+            list(threads.map(lambda place: renew(place, place.view(whole)), self._places))
 
 
 def _threads_as_here() -> Callable[[], None]:

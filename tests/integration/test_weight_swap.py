@@ -141,13 +141,16 @@ def test_every_update_is_what_transformers_computes(bench: Bench, way: str) -> N
         bench.receiver("receive_weights", replace(way_back, segment=bench.segments[0].path))
 
 
-def test_matrices_are_packed_side_by_side_each_by_as_many_threads_as_the_engine_has(
+def test_large_weights_are_packed_side_by_side_each_by_as_many_threads_as_the_engine_has(
     bench: Bench, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from vllm.model_executor.layers import utils
 
-    monkeypatch.setattr(weight_swap, "PUSH_THREADS", 3)
+    (swap,) = bench.engine.collective_rpc(lambda worker: worker._receiver._swap)
+    if way == "packed":
+        assert swap._num_threads == 1  # these are small
+        monkeypatch.setattr(swap, "_num_threads", 3)
     plain, packers, sizes = utils.dispatch_cpu_unquantized_gemm, set(), set()
     at_once = {"reloaded": 1, "packed": 3, "shared": 0}[way]
     together = threading.Barrier(max(1, at_once), timeout=5.0)
