@@ -42,7 +42,8 @@ def start(ray: Any, **options: Any) -> RayFolder:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder.path,
                 include_dashboard=False,
-                _system_config=CONFIG,
+                # A copy: Ray writes into it where it spills objects to.
+                _system_config=dict(CONFIG),
                 **options,
             )
     except BaseException:

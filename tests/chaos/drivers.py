@@ -161,7 +161,7 @@ def _straight(shop: Workshop, mode: str, step: int) -> Path:
     """The folder of the same run undisturbed, with its checkpoint of `step`."""
     name = f"chaos-{mode}-straight"
     log, run_dir = shop.folder / f"{name}.log", shop.runs / name
-    process = shop.start("train", str(_config(shop, name, mode, keep=STEPS)), log=log)
+    process = shop.start("train", str(_config(shop, name, mode, keep=10)), log=log)
     try:
         wait_until(
             lambda: _folder(run_dir, step).exists() or process.poll() is not None, name, LIMIT_S
