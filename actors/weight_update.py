@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -140,10 +140,15 @@ def digest_bucket(data: np.ndarray, bucket: tuple[int, int]) -> str:
 
 def digest_buckets(layout: WeightLayout, data: np.ndarray) -> tuple[str, ...]:
     """The digest of each bucket of `data`."""
+    return each_bucket(layout, lambda bucket: digest_bucket(data, bucket))
+
+
+def each_bucket(layout: WeightLayout, digest: Callable[[tuple[int, int]], str]) -> tuple[str, ...]:
+    """What `digest` makes of each bucket: in PUSH_THREADS threads, or in this one of a single bucket."""
     if len(layout.buckets) == 1:
-        return (digest_bucket(data, layout.buckets[0]),)
+        return (digest(layout.buckets[0]),)
     with ThreadPoolExecutor(PUSH_THREADS) as threads:
-        return tuple(threads.map(lambda bucket: digest_bucket(data, bucket), layout.buckets))
+        return tuple(threads.map(digest, layout.buckets))
 
 
 def _fused(name: str) -> tuple[str, int] | None:

@@ -8,7 +8,6 @@ share of the buckets.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from actors.weight_update import (
     ALIGNMENT,
     ITEM_BYTES,
-    PUSH_THREADS,
     TensorSpec,
     WeightLayout,
     digest_bucket,
+    each_bucket,
 )
 
 # So that a core's own cache has it when it is digested; yet large enough that its copy goes past the caches
@@ -74,11 +73,7 @@ class WeightWriter:
         return self._write_together(image) if self._world_size > 1 else self._write_alone(image)
 
     def _write_alone(self, image: np.ndarray) -> tuple[str, ...]:
-        buckets = self._layout.buckets
-        if len(buckets) == 1:
-            return (self._write_bucket(image, buckets[0]),)
-        with ThreadPoolExecutor(PUSH_THREADS) as threads:
-            return tuple(threads.map(lambda bucket: self._write_bucket(image, bucket), buckets))
+        return each_bucket(self._layout, lambda bucket: self._write_bucket(image, bucket))
 
     def _write_bucket(self, image: np.ndarray, bucket: tuple[int, int]) -> str:
         """All of it by this rank; its digest."""

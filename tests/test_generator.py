@@ -26,6 +26,7 @@ from actors.weight_update import (
     WeightsRejected,
     WeightUpdate,
 )
+from tests.integration.engines import prove
 
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
 PROBE_IDS, LOGPROBS = (1, 2, 3), (-0.5, -1.5)
@@ -171,10 +172,7 @@ def answer(version: int = 1, **changes: Any) -> ProbeAnswer:
 
 async def pushed(generator: Generator, one: WeightUpdate) -> dict[str, float]:
     """Its proof, of an update to whose probe the learner's answer comes, too."""
-    telling = asyncio.gather(generator.receive_answer(answer(one.version)), return_exceptions=True)
-    proof = await generator.receive_weights(one)
-    await telling
-    return proof
+    return await prove(generator, one, answer(one.version))
 
 
 async def within(awaitable: Any) -> Any:
