@@ -135,7 +135,7 @@ class EngineThread:
             self._first_token_at = time.time()
         for output in outputs:
             if output.finished and output.request_id == PROBE_ID:
-                self._proof.engine_answers(output.prompt_logprobs)
+                self._proof.engine_answers(output.outputs[0].logprobs[0])
             elif output.finished:
                 self._held.append(output)
         self._let_go()
@@ -184,7 +184,8 @@ class EngineThread:
         self._num_updates += 1
         salt_waiting(self._engine, self._salt)
         self._proof.begin(update, delivery, spent)
-        self._engine.add_request(PROBE_ID, self._prompt(update.probe_ids), probe_params())
+        prompt = self._prompt(update.probe.prompt_ids)
+        self._engine.add_request(PROBE_ID, prompt, probe_params(update.probe))
 
     def _drain(self) -> None:
         """Step until no request runs; with finish_all, until none waits either that waits by now. Calls are

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from actors.config import GeneratorsConfig
-from actors.weight_update import PUSH_THREADS
+from actors.weight_update import PUSH_THREADS, Probe
 from reward_service.fast_import import fast_import
 
 # Settings of the C library. Huge pages for what is allocated; one arena, for a thread's own one gives its
@@ -163,15 +163,16 @@ def completion_params(max_tokens: int, temperature: float, seed: int, stop: tupl
     )
 
 
-def probe_params() -> Any:
-    """vLLM's parameters for a probe: the prompt's own logprobs, which ignore the temperature."""
+def probe_params(probe: Probe) -> Any:
+    """vLLM's parameters for a probe. Not the prompt's own logprobs, for which vLLM would multiply by the
+    vocabulary's matrix once more."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         max_tokens=1,
         temperature=0.0,
-        prompt_logprobs=0,
+        logprob_token_ids=list(probe.next_ids),
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -53,14 +53,11 @@ class WeightProof:
         self.version = None
         self._pending = _Pending(update, delivery, spent, time.perf_counter())
 
-    def engine_answers(self, prompt_logprobs: Any) -> None:
-        """vLLM's own form: for each position the token's logprob by token, None for the first."""
+    def engine_answers(self, logprobs: Any) -> None:
+        """vLLM's own form, for the one token that it sampled: logprobs by token."""
         assert self._pending is not None
-        ids = self._pending.update.probe_ids
-        self._pending.answered = [
-            position[token].logprob
-            for position, token in zip(prompt_logprobs[1:], ids[1:], strict=True)
-        ]
+        following = self._pending.update.probe.next_ids
+        self._pending.answered = [logprobs[token].logprob for token in following]
         self._pending.probing = False
         self._pending.spent["probe_s"] = time.perf_counter() - self._pending.started
         self._compare()

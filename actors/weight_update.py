@@ -1,9 +1,9 @@
 """The message by which new weights travel from the learner to a generator.
 
 The layout (names, shapes, dtypes, places in one byte segment) is agreed once; an update then carries
-a version, a digest for each bucket of bytes, and the probe: a token sequence. The logprobs that the
-learner's own weights give it follow, for learner and engine answer the probe at the same time. Imports
-no torch: dtypes are names.
+a version, a digest for each bucket of bytes, and the probe: a token sequence and what may follow it. The
+logprobs of that by the learner's own weights come after it, for learner and engine answer the probe at
+the same time. Imports no torch: dtypes are names.
 """
 
 from __future__ import annotations
@@ -100,6 +100,24 @@ class WeightLayout:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What learner and engine are asked: the logprob (temperature 1) of each of `next_ids` as the token
+    after `prompt_ids`. Every weight of a model has a part in it, if the prompt has two tokens or more: over
+    one alone attention has no choice."""
+
+    prompt_ids: tuple[int, ...]
+    next_ids: tuple[int, ...]
+
+    @staticmethod
+    def of(vocabulary_size: int, special_ids: set[int]) -> Probe:
+        """A fixed one, of ordinary tokens from all over the vocabulary. Two and two: a product over so
+        few takes little longer than reading the matrix."""
+        candidates = [i for i in range(vocabulary_size) if i not in special_ids]
+        first, second, *following = map(int, np.random.default_rng(0).choice(candidates, 4))
+        return Probe((first, second), tuple(following))
+
+
+@dataclass(frozen=True)
 class WeightUpdate:
     """One version of the weights. The bytes lie in `segment`, a file in shared memory, or come
     along in `payload` where learner and generator share no memory: uint8, one array a bucket, which
@@ -108,7 +126,7 @@ class WeightUpdate:
     version: int
     layout_id: str
     digests: tuple[str, ...]  # of the whole image, however it is sent
-    probe_ids: tuple[int, ...]  # a fixed token sequence
+    probe: Probe
     segment: str = ""
     payload: tuple[np.ndarray, ...] = ()
     base: int | None = None
@@ -121,8 +139,7 @@ class WeightUpdate:
 
 @dataclass(frozen=True)
 class ProbeAnswer:
-    """What an engine must answer to an update's probe: the logprob (temperature 1), by the learner's
-    weights, of each token but the first."""
+    """What an engine must answer to an update's probe: the logprobs by the learner's weights."""
 
     version: int
     digests: tuple[str, ...]  # the update's: a version's number may come again, of other weights

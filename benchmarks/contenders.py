@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.weight_update import Probe
 from benchmarks import work
 from learner.learner_spec import LearnerSpec, Rendezvous
 
@@ -47,7 +48,9 @@ def raylign(job: Job, rank: int, meeting: Rendezvous) -> Step:
     adamw = OptimizerConfig(lr=work.LR)
     ppo = PPOConfig(epochs=1, minibatches=job.minibatches, policy=adamw, value=adamw)
     learner = LearnerConfig(ranks=meeting.world_size, dtype=job.dtype)  # type: ignore[arg-type]
-    spec = LearnerSpec(job.model, job.model, ppo, learner, 0, 1000, "float32", (2, 3, 4))
+    spec = LearnerSpec(
+        job.model, job.model, ppo, learner, 0, 1000, "float32", Probe((2, 3), (4, 5))
+    )
     worker = LearnerWorker(spec, rank)
     worker.start(meeting)
     table = trajectories(job)

@@ -36,7 +36,7 @@ import yaml
 from actors.prompts import PromptStream
 from actors.rollout_worker import Rollouts
 from actors.trajectory import Key, Prompt, packed, select
-from actors.weight_update import ProbeAnswer, WeightLayout, WeightUpdate
+from actors.weight_update import Probe, ProbeAnswer, WeightLayout, WeightUpdate
 from benchmarks import work
 from cluster.config import RunConfig
 from cluster.config_file import load_config
@@ -193,7 +193,7 @@ class StandInLearner:
         return {"reward/busy_s": 0.0}
 
     def publish(self, version: int) -> WeightUpdate:
-        return WeightUpdate(version, LAYOUT.id, ("",), (1, 2))
+        return WeightUpdate(version, LAYOUT.id, ("",), Probe((1, 2), (3, 4)))
 
     def answer_probe(self, version: int) -> ProbeAnswer:
         return ProbeAnswer(version, ("",), (-0.5,))

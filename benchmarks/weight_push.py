@@ -274,7 +274,7 @@ def delta_shares(options: Any, size: str) -> dict[tuple[str, float], tuple[float
                 dtype: WeightPublisher(
                     worker._update.models.policy,
                     dtype=dtype,
-                    probe_ids=spec.probe_ids,
+                    probe=spec.probe,
                     segment=None,
                     delta=True,
                 )

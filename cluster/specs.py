@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 from actors.rollout_worker import Scoring
+from actors.weight_update import Probe
 from cluster.config import RunConfig
 from cluster.doctor import Inputs
 from cluster.roles import RolloutSpec
-from learner.learner_spec import LearnerSpec, probe_ids
+from learner.learner_spec import LearnerSpec
 
 
 def rollout_spec(config: RunConfig, name: str, logs: Path) -> RolloutSpec:
@@ -56,6 +57,6 @@ def learner_spec(config: RunConfig, inputs: Inputs) -> LearnerSpec:
         seed=config.seed,
         num_steps=config.num_steps,
         push_dtype=config.generators.dtype,
-        probe_ids=probe_ids(inputs.vocabulary_size, set(inputs.tokenizer.all_special_ids)),
+        probe=Probe.of(inputs.vocabulary_size, set(inputs.tokenizer.all_special_ids)),
         push_delta=config.generators.weight_push == "delta",
     )

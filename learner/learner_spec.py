@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.vllm_engine import TUNABLES
+from actors.weight_update import Probe
 from learner.config import LearnerConfig, PPOConfig
 
 # The environment of a learner process. Must be set before torch is imported.
@@ -45,7 +46,7 @@ class LearnerSpec:
     seed: int
     num_steps: int
     push_dtype: str
-    probe_ids: tuple[int, ...]
+    probe: Probe
     push_delta: bool = False
 
 
@@ -74,10 +75,3 @@ class StepRefused:
     def kind(self) -> str:
         """The reason without its numbers, which another number of ranks may round differently."""
         return re.sub(r"\S*\d\S*", "#", self.reason)
-
-
-def probe_ids(vocabulary_size: int, special_ids: set[int], length: int = 3) -> tuple[int, ...]:
-    """A fixed sequence of ordinary tokens, spread over the vocabulary."""
-    candidates = [i for i in range(vocabulary_size) if i not in special_ids]
-    chosen = np.random.default_rng(0).choice(candidates, length)
-    return tuple(int(i) for i in chosen)

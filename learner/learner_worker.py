@@ -23,7 +23,7 @@ from learner import checkpoint
 from learner.batch import TrajectoryBatch
 from learner.freed_memory import keep_freed_memory
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples, StepRefused
-from learner.packing import PackedRows, unpack
+from learner.packing import PackedRows
 from learner.policy import PolicyModel, even_length, load_policy, load_value_model
 from learner.ppo_update import Metrics, PPOUpdate
 from learner.process_group import free_port, group_for_saves, join
@@ -98,7 +98,7 @@ class LearnerWorker:
         self._publisher = WeightPublisher(
             self._update.models.policy,
             dtype=self._spec.push_dtype,
-            probe_ids=self._spec.probe_ids,
+            probe=self._spec.probe,
             segment=None if self._spec.push_delta else segment,
             delta=self._spec.push_delta,
         )
@@ -193,15 +193,14 @@ class LearnerWorker:
     @torch.no_grad()
     def _probe(self) -> tuple[float, ...]:
         """The probe's logprobs under the weights as they are now: what a generator must answer."""
-        ids = self._spec.probe_ids
-        packed = PackedRows.build([list(ids)], [1]).to(self._share.device)
+        probe = self._spec.probe
+        packed = PackedRows.after(probe.prompt_ids, probe.next_ids).to(self._share.device)
         policy = self._update.models.policy
         learner = self._spec.learner
         if dist.get_world_size() == 1 and learner.dtype == "float32" and not learner.cpu_offload:
             policy = unsharded(policy)
         logprobs: Tensor = policy(packed)[0]
-        row = unpack(logprobs.cpu(), packed.completion_lengths, len(ids) - 1)[0]
-        return tuple(row.tolist())
+        return tuple(logprobs.tolist())
 
     def _ptx_batches(self) -> Any:
         ptx = self._spec.ppo.ptx

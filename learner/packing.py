@@ -134,6 +134,19 @@ class PackedRows:
             completion_lengths=tuple(total - prompt for prompt, total in shapes),
         )
 
+    @classmethod
+    def after(cls, prompt: Sequence[int], following: Sequence[int]) -> PackedRows:
+        """One sequence, and each token of `following` as the one after it."""
+        length = len(prompt)
+        return cls(
+            input_ids=torch.tensor([prompt]),
+            position_ids=torch.arange(length)[None],
+            cu_seqlens=(0, length),
+            rows=torch.full((len(following),), length - 1),
+            targets=torch.tensor(following),
+            completion_lengths=(1,) * len(following),
+        )
+
     def to(self, device: torch.device | str) -> PackedRows:
         names = ("input_ids", "position_ids", "rows", "targets")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from actors import weight_delta
 from actors.segment_owner import SegmentOwner, segments_of
 from actors.weight_segment import WrittenSegment
-from actors.weight_update import WeightLayout, WeightUpdate
+from actors.weight_update import Probe, WeightLayout, WeightUpdate
 from learner.policy import PolicyModel
 from learner.weight_writer import WeightWriter
 
@@ -34,7 +34,7 @@ class WeightPublisher:
         policy: PolicyModel,
         *,
         dtype: str,
-        probe_ids: tuple[int, ...],
+        probe: Probe,
         segment: str | None,
         delta: bool = False,
     ) -> None:
@@ -47,7 +47,7 @@ class WeightPublisher:
         }
         self.layout = WeightLayout.of(((n, tuple(p.shape)) for n, p in named.items()), dtype)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._probe_ids = probe_ids
+        self._probe = probe
         self._delta = delta
         self._turn = 0
         self._last: WeightUpdate | None = None  # without its payload
@@ -70,7 +70,7 @@ class WeightPublisher:
         last, place = self._last, self._segments[self._turn].path if self._segments else ""
         write_s = time.perf_counter() - started
         self._last = WeightUpdate(
-            version, self.layout.id, digests, self._probe_ids, place, write_s=write_s
+            version, self.layout.id, digests, self._probe, place, write_s=write_s
         )
         if place or last is None or not self._delta:
             return self.last_update(in_message=not place)

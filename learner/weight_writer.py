@@ -83,7 +83,8 @@ class WeightWriter:
             for first, last, same in self._copy(
                 run, image, max(run.start, start), min(run.end, end)
             ):
-                digest.update(image[digested:first].data)  # what aligns tensors
+                if first > digested:  # what aligns tensors
+                    digest.update(image[digested:first].data)
                 digest.update(same.data)
                 digested = last
         digest.update(image[digested:end].data)

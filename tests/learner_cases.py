@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from actors.trajectory import Trajectory, to_table, trajectory_id
+from actors.weight_update import Probe
 from learner.config import KLConfig, LearnerConfig, OptimizerConfig, PPOConfig
 from learner.learner_spec import LearnerSpec, Rendezvous, Samples
 from learner.learner_worker import LearnerWorker
@@ -288,10 +289,10 @@ class Case:
         if meeting is None:
             mesh()  # join() then takes the group that is there
             meeting = Rendezvous(1)
-        ids = tuple(np.random.default_rng(3).integers(2, VOCABULARY, 12).tolist())
+        probe = Probe.of(VOCABULARY, {0, 1})
         ranked = self.learner.model_copy(update={"ranks": meeting.world_size, "timeout_s": 60.0})
         spec = LearnerSpec(
-            self.policy, self.reference, self.ppo, ranked, 0, self.num_steps, self.push_dtype, ids
+            self.policy, self.reference, self.ppo, ranked, 0, self.num_steps, self.push_dtype, probe
         )
         worker = LearnerWorker(spec, rank)
         worker.start(meeting)

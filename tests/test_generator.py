@@ -21,6 +21,7 @@ from actors.generator import Generator
 from actors.trajectory import Completion
 from actors.weight_update import (
     NeedsAll,
+    Probe,
     ProbeAnswer,
     WeightLayout,
     WeightsRejected,
@@ -29,7 +30,7 @@ from actors.weight_update import (
 from tests.integration.engines import prove
 
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
-PROBE_IDS, LOGPROBS = (1, 2, 3), (-0.5, -1.5)
+PROBE, LOGPROBS = Probe((1, 2), (3, 4)), (-0.5, -1.5)
 BOUND = 1e-3
 SOON_S, LONG_S = 0.1, 5.0
 MAX_NUM_SEQS = 2
@@ -108,12 +109,12 @@ class FakeEngine:
         return SimpleNamespace(request_id=name, finished=True, outputs=[sample])
 
     def _probed(self) -> Any:
-        answer: list[Any] = [None]
-        answer += [
-            {token: SimpleNamespace(logprob=logprob)}
-            for token, logprob in zip(PROBE_IDS[1:], self.probe_answer, strict=True)
-        ]
-        return SimpleNamespace(request_id=PROBE_ID, finished=True, prompt_logprobs=answer)
+        answer = {
+            token: SimpleNamespace(logprob=logprob)
+            for token, logprob in zip(PROBE.next_ids, self.probe_answer, strict=True)
+        }
+        sample = SimpleNamespace(logprobs=[answer])
+        return SimpleNamespace(request_id=PROBE_ID, finished=True, outputs=[sample])
 
 
 Make = Callable[..., tuple[Generator, FakeEngine]]
@@ -124,7 +125,7 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
     """make(**of the engine) -> a running generator and its engine; ended with the test."""
     made: list[tuple[Generator, FakeEngine]] = []
     monkeypatch.setattr(engine_thread, "completion_params", lambda *given: given)
-    monkeypatch.setattr(engine_thread, "probe_params", lambda: None)
+    monkeypatch.setattr(engine_thread, "probe_params", lambda probe: None)
     monkeypatch.setattr(
         engine_thread, "salt_waiting", lambda engine, salt: engine.calls.append("salt_waiting")
     )
@@ -163,7 +164,7 @@ def requests(*names: str) -> list[GenerateRequest]:
 
 
 def update(version: int = 1) -> WeightUpdate:
-    return WeightUpdate(version, LAYOUT.id, (), PROBE_IDS)
+    return WeightUpdate(version, LAYOUT.id, (), PROBE)
 
 
 def answer(version: int = 1, **changes: Any) -> ProbeAnswer:

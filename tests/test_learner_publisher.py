@@ -12,15 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors import weight_delta, weight_update
-from actors.weight_update import WeightUpdate, verify
+from actors.weight_update import Probe, WeightUpdate, verify
 from learner import weight_writer
-from learner.learner_spec import probe_ids
 from tests.learner_cases import (
     Case,
     batch_table,
     case,
     folders,
-    hf_logprobs,
     ppo_config,
     run_ranks,
     weights_of,
@@ -237,9 +235,10 @@ def test_the_probe_is_what_transformers_answers_from_the_same_weights(runs, name
             strict=False,
         ).missing_keys
         assert set(missing) <= {"lm_head.weight"}
-        ids, answer = version["update"].probe_ids, version["answer"]
+        probe, answer = version["update"].probe, version["answer"]
         assert answer.is_to(version["update"])
-        expected = hf_logprobs(model, ids[:1], ids[1:], 1.0)
+        logits = model(torch.tensor([probe.prompt_ids])).logits[0, -1]
+        expected = torch.log_softmax(logits, -1)[list(probe.next_ids)]
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, rtol=0, atol=1e-5)
 
 
@@ -285,11 +284,24 @@ def test_only_rank_zero_speaks_and_the_message_travels(at_two):
 
 
 def test_the_probe_is_fixed_and_of_ordinary_tokens():
-    ids = probe_ids(97, {0, 1})
-    assert ids == probe_ids(97, {0, 1})
-    assert len(ids) == 3
-    assert not {0, 1} & set(ids)
-    assert all(type(token) is int and token < 97 for token in ids)
+    probe = Probe.of(97, {0, 1})
+    assert probe == Probe.of(97, {0, 1})
+    ids = [*probe.prompt_ids, *probe.next_ids]
+    assert len(set(ids)) == 4
+    assert all(type(token) is int and 1 < token < 97 for token in ids)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_every_weight_has_a_part_in_the_probe_but_not_over_one_token(length):
+    probe = Probe.of(97, {0, 1})
+    model = AutoModelForCausalLM.from_pretrained(folders().policy, dtype=torch.float32)
+    logits = model(torch.tensor([probe.prompt_ids[:length]])).logits[0, -1]
+    for token in probe.next_ids:
+        model.zero_grad()
+        torch.log_softmax(logits, -1)[token].backward(retain_graph=True)
+        found = {n: float(p.grad.abs().max()) for n, p in model.named_parameters()}
+        least = min(found, key=found.get)
+        assert found[least] > 1e-3 if length == 2 else found[least] < 1e-6, (least, found[least])
 
 
 def test_the_probe_of_weights_that_wait_on_the_cpu_goes_through_fsdp(monkeypatch, tmp_path):

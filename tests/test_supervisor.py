@@ -17,6 +17,7 @@ from actors.scored import Dropped
 from actors.trajectory import Prompt, from_table, packed, select, to_table
 from actors.weight_update import (
     NeedsAll,
+    Probe,
     ProbeAnswer,
     WeightLayout,
     WeightsRejected,
@@ -34,7 +35,7 @@ from tests import tiny
 POLL_S, TIMEOUT_S, LONG_S = 0.01, 0.25, 5.0
 SAMPLES = 2
 LAYOUT = WeightLayout.of([("w", (4,))], "float32")
-UPDATE = WeightUpdate(3, LAYOUT.id, (), (1, 2))
+UPDATE = WeightUpdate(3, LAYOUT.id, (), Probe((1, 2), (3, 4)))
 ANSWER = ProbeAnswer(3, (), (-0.5,))
 
 

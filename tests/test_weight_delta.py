@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from actors import weight_update
 from actors.weight_delta import apply, encode
-from actors.weight_update import WeightLayout, WeightsRejected, WeightUpdate, verify
+from actors.weight_update import Probe, WeightLayout, WeightsRejected, WeightUpdate, verify
 from actors.weight_update import digest_buckets as digests
 
 
@@ -54,7 +54,9 @@ def test_of_many_damaged_deltas_none_passes_as_a_version() -> None:
     layout = layout_of()
     base, new = random_image(layout, 0), random_image(layout, 1)
     pieces = encode(layout, base, new)
-    update = WeightUpdate(2, layout.id, digests(layout, new), (1,), payload=pieces, base=1)
+    update = WeightUpdate(
+        2, layout.id, digests(layout, new), Probe((1, 2), (3, 4)), payload=pieces, base=1
+    )
     random = np.random.default_rng(2)
     for _ in range(100):
         number = int(random.integers(len(pieces)))
@@ -82,7 +84,7 @@ def test_one_that_lacks_a_piece_is_refused(keep: slice) -> None:
 def test_one_to_another_base_is_no_version() -> None:
     layout = layout_of()
     base, new, other = (random_image(layout, seed) for seed in (0, 1, 2))
-    update = WeightUpdate(2, layout.id, digests(layout, new), (1,))
+    update = WeightUpdate(2, layout.id, digests(layout, new), Probe((1, 2), (3, 4)))
     apply(layout, encode(layout, base, new), other)
     with pytest.raises(WeightsRejected, match="not those the learner digested"):
         verify(update, layout, other)

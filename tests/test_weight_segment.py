@@ -15,7 +15,7 @@ import pytest
 
 from actors.weight_receiver import WeightReceiver, _Receiver
 from actors.weight_segment import SegmentInUse, SegmentReader, WrittenSegment
-from actors.weight_update import NeedsAll, WeightLayout, WeightUpdate
+from actors.weight_update import NeedsAll, Probe, WeightLayout, WeightUpdate
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_readers_see_what_was_written_without_mapping_it_again(segment: WrittenS
 
 def test_where_a_segment_is_not_the_weights_are_asked_for_in_full(tmp_path: Path) -> None:
     layout = WeightLayout.of([("w", (4,))], "float32")
-    update = WeightUpdate(3, layout.id, (), (1, 2), str(tmp_path / "elsewhere"))
+    update = WeightUpdate(3, layout.id, (), Probe((1, 2), (3, 4)), str(tmp_path / "elsewhere"))
     receiver = _Receiver(WeightReceiver(), layout, None, shared=False, keeps_image=False)
     with pytest.raises(NeedsAll, match=r"version 3 lies in .*/elsewhere"):
         receiver.receive(update)

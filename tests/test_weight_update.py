@@ -15,6 +15,7 @@ from actors import weight_update
 from actors.weight_update import (
     ALIGNMENT,
     ITEM_BYTES,
+    Probe,
     TensorSpec,
     WeightLayout,
     WeightsRejected,
@@ -32,7 +33,7 @@ shapes = st.lists(
 
 
 def sent(layout: WeightLayout, data: np.ndarray, version: int = 7) -> WeightUpdate:
-    return WeightUpdate(version, layout.id, digest_buckets(layout, data), (1, 2, 3))
+    return WeightUpdate(version, layout.id, digest_buckets(layout, data), Probe((1, 2), (3, 4)))
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[..., Any]]:
     model in folder/model. CPU_ENGINE_ENV has to be set before: torch is imported here."""
     from actors.config import GeneratorsConfig
     from actors.generator import Generator
+    from actors.weight_update import Probe
     from learner.config import LearnerConfig, OptimizerConfig, PPOConfig
-    from learner.learner_spec import LearnerSpec, Rendezvous, probe_ids
+    from learner.learner_spec import LearnerSpec, Rendezvous
     from learner.learner_worker import LearnerWorker
     from reward_service.tokenizer import load_tokenizer
     from tests.tiny import write_policy
@@ -37,7 +38,7 @@ def learner_and_engine(folder: Path) -> tuple[Any, Any, Callable[..., Any]]:
         seed=0,
         num_steps=10,
         push_dtype="float32",
-        probe_ids=probe_ids(len(tokenizer), set(tokenizer.all_special_ids)),
+        probe=Probe.of(len(tokenizer), set(tokenizer.all_special_ids)),
     )
     learner = LearnerWorker(spec, 0)
     learner.start(Rendezvous(1, file=str(folder / "rendezvous")))

@@ -138,6 +138,26 @@ def test_running_completions_go_on_under_new_weights_and_know_where(bench: Bench
         assert 0 < middle < len(completion.ids)
 
 
+def test_a_probe_leaves_the_logprobs_beside_it_alone(bench: Bench) -> None:
+    """vLLM computes those of a step together, and the probe's are of tokens that it names."""
+    prompt = (40, 41, 42, 43)
+    requests = [request(f"beside{i}", max_tokens=60, seed=i) for i in range(4)]
+
+    async def push_in_flight() -> list[Any]:
+        futures = await bench.generator.generate(requests)
+        while (await bench.generator.status())["running"] < 4:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.02)
+        await prove(bench.generator, *bench.publish())  # the same weights
+        return await asyncio.gather(*futures)
+
+    completions = bench.run(push_in_flight())
+    assert any(len(completion.spans) == 2 for completion in completions), "none ran at the push"
+    for completion in completions:
+        expected = learner_logprobs(bench, prompt, completion, 0.7)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
 def test_a_prompt_finds_no_cache_that_older_weights_computed(bench: Bench) -> None:
     """While something runs vLLM does not empty its cache."""
     prompt = tuple(5 + i % 40 for i in range(140))  # more than a block

@@ -19,6 +19,7 @@ from actors.vllm_engine import CPU_ENGINE_ENV, make_engine, probe_params, set_nu
 from actors.weight_segment import SegmentInUse, WrittenSegment
 from actors.weight_update import (
     NeedsAll,
+    Probe,
     Refused,
     WeightLayout,
     WeightsRejected,
@@ -26,7 +27,7 @@ from actors.weight_update import (
     digest_buckets,
 )
 
-IDS = tuple(range(3, 27))
+PROBE = Probe(tuple(range(3, 20)), tuple(range(20, 27)))
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Bench:
 
     def update(self, image: np.ndarray, **how: Any) -> WeightUpdate:
         digests = digest_buckets(self.layout, image)
-        return WeightUpdate(self.version, self.layout.id, digests, (1,), **how)
+        return WeightUpdate(self.version, self.layout.id, digests, PROBE, **how)
 
     def written(self) -> WeightUpdate:
         image, segment = self.image(), self.segments[self.version % 2]
@@ -73,22 +74,21 @@ class Bench:
         return self.update(image, segment=segment.path)
 
     def error(self) -> float:
-        """max |vLLM's logprob - transformers'| over IDS."""
+        """max |vLLM's logprob - transformers'| over the probe."""
         import torch
 
         name = f"ids-{self.version}"
         self.engine.reset_prefix_cache()
-        self.engine.add_request(name, {"prompt_token_ids": list(IDS)}, probe_params())
+        prompt = {"prompt_token_ids": list(PROBE.prompt_ids)}
+        self.engine.add_request(name, prompt, probe_params(PROBE))
         outputs: list[Any] = []
         while self.engine.has_unfinished_requests():
             outputs += self.engine.step()
-        found = [
-            row[token].logprob
-            for row, token in zip(outputs[-1].prompt_logprobs[1:], IDS[1:], strict=True)
-        ]
+        answer = outputs[-1].outputs[0].logprobs[0]
+        found = [answer[token].logprob for token in PROBE.next_ids]
         with torch.no_grad():
-            logits = self.model(torch.tensor([IDS]), use_cache=False).logits[0, :-1]
-        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+            logits = self.model(torch.tensor([PROBE.prompt_ids]), use_cache=False).logits[0, -1]
+        expected = torch.log_softmax(logits, -1)[list(PROBE.next_ids)]
         return float(np.abs(np.array(found) - expected.numpy()).max())
 
 
