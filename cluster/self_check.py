@@ -11,8 +11,8 @@ from learner.learner_spec import Samples
 SELF_CHECK_PROMPTS = 16
 
 
-async def self_check(run: Run) -> dict[str, float]:
-    """Same weights, same tokens: generator logprobs against learner logprobs, within bounds."""
+async def self_check(run: Run) -> None:
+    """Same weights, same tokens: generator logprobs against learner logprobs. RoleFailed if beyond bounds."""
     bounds, temperature = run.config.bounds, run.config.sampling.temperature
     samples = await run.supervisor.sample(
         run.prompts[:SELF_CHECK_PROMPTS], temperature, run.config.seed
@@ -37,4 +37,3 @@ async def self_check(run: Run) -> dict[str, float]:
             f"{mean:.2g} (bound {bounds.max_mean_difference:g}), max {worst:.2g} (bound "
             f"{bounds.max_difference:g}); same dtype on both sides? see self_check in the config"
         )
-    return {"mean": mean, "max": worst}
