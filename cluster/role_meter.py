@@ -31,8 +31,7 @@ class Counters:
 class Interval:
     """From one question to the next."""
 
-    seconds: float
-    busy_share: float  # of the seconds, in which generators decoded
+    busy_share: float  # of its seconds, in which generators decoded
     generators: dict[str, dict[str, Any]]  # their status at its end, by name
 
 
@@ -43,15 +42,22 @@ class RoleMeter:
         self._supervisor, self._rewards, self._ping_s = supervisor, rewards, ping_s
         self._first: Counters | None = None
         self._last: Counters | None = None
+        self._lap = 0.0  # perf_counter
 
     async def begin(self) -> None:
         """Call it before prompts go out; only the first call counts."""
         if self._first is None:
             self._first = self._last = await self._counters()
+            self._lap = self._first.at
 
     def spent(self, activity: str, seconds: float) -> float:
         self.seconds[activity] = self.seconds.get(activity, 0.0) + seconds
         return seconds
+
+    def lap(self) -> float:
+        """Seconds since this was last asked, or since `begin`: of whole steps, the first one, too."""
+        before, self._lap = self._lap, time.perf_counter()
+        return self._lap - before
 
     async def times(self) -> Times:
         """What each role did since `begin`; {} before it."""
@@ -72,7 +78,7 @@ class RoleMeter:
         self._last, seconds = now, now.at - before.at
         busy = [one["busy_s"] for one in now.generators_since(before)]
         decoding = sum(busy) / max(1, len(busy))
-        return Interval(seconds, decoding / seconds, now.generators)
+        return Interval(decoding / seconds, now.generators)
 
     async def _counters(self) -> Counters:
         statuses = await self._supervisor.statuses()

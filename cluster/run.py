@@ -85,10 +85,11 @@ class Run:
         if isinstance(learned, StepRefused):
             return learned
         self._refused_in_a_row = 0
+        seconds = self.meter.lap()
         return {
             **learned,
-            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / past.seconds,
-            "rollout/samples_per_s": self.config.batch_size / past.seconds,
+            "rollout/tokens_per_s": learned["rollout/completion_tokens"] / seconds,
+            "rollout/samples_per_s": self.config.batch_size / seconds,
             "rollout/generators": float(len(past.generators)),
             "rollout/generator_busy_share": past.busy_share,
             "reward/dropped": float(self.supervisor.ledger.num_dropped),

@@ -57,6 +57,15 @@ def request(name: str, **changes: Any) -> Any:
     return dataclasses.replace(base, **changes)
 
 
+async def under_way(bench: Bench, requests: list[Any]) -> list[Any]:
+    """Their futures, once all of them have run for a few steps."""
+    futures = await bench.generator.generate(requests)
+    while (await bench.generator.status())["running"] < len(requests):
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.03)
+    return list(futures)
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     os.environ.update(CPU_ENGINE_ENV)
@@ -121,10 +130,7 @@ def test_running_completions_go_on_under_new_weights_and_know_where(bench: Bench
     requests = [request(f"long{i}", max_tokens=100, seed=i) for i in range(8)]
 
     async def push_in_flight() -> list[Any]:
-        futures = await bench.generator.generate(requests)
-        while (await bench.generator.status())["running"] < 8:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.05)
+        futures = await under_way(bench, requests)
         perturb(bench, 0.01)
         await prove(bench.generator, *bench.publish())
         return await asyncio.gather(*futures)
@@ -141,13 +147,10 @@ def test_running_completions_go_on_under_new_weights_and_know_where(bench: Bench
 def test_a_probe_leaves_the_logprobs_beside_it_alone(bench: Bench) -> None:
     """vLLM computes those of a step together, and the probe's are of tokens that it names."""
     prompt = (40, 41, 42, 43)
-    requests = [request(f"beside{i}", max_tokens=60, seed=i) for i in range(4)]
+    requests = [request(f"beside{i}", max_tokens=100, seed=i) for i in range(4)]
 
     async def push_in_flight() -> list[Any]:
-        futures = await bench.generator.generate(requests)
-        while (await bench.generator.status())["running"] < 4:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.02)
+        futures = await under_way(bench, requests)
         await prove(bench.generator, *bench.publish())  # the same weights
         return await asyncio.gather(*futures)
 
@@ -190,10 +193,7 @@ def test_what_vllm_holds_back_at_a_push_is_of_the_new_weights(
     alike = [request(f"held{i}", prompt_ids=prompt, max_tokens=90) for i in range(2)]
 
     async def push_in_flight() -> list[Any]:
-        futures = await bench.generator.generate(alike)
-        while (await bench.generator.status())["running"] < 2:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.02)
+        futures = await under_way(bench, alike)
         perturb(bench, 0.5)
         pushing = asyncio.create_task(prove(bench.generator, *bench.publish()))
         await asyncio.sleep(0.02)

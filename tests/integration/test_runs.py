@@ -67,6 +67,12 @@ def test_generators_and_learner_give_the_same_logprobs(workshop: Workshop, strai
         assert step["weights/probe_difference_max"] <= 1e-4
 
 
+def test_rates_are_of_whole_steps(workshop: Workshop, straight: str) -> None:
+    for step in workshop.metrics(straight):
+        seconds = 16 / step["rollout/samples_per_s"]
+        assert seconds > 0.75 * (step["time/rollout_wait_s"] + step["time/update_s"]), step["step"]
+
+
 def test_the_policy_changes_and_every_version_is_published_once(
     workshop: Workshop, straight: str
 ) -> None:
