@@ -137,12 +137,9 @@ class PackedRows:
     @classmethod
     def after(cls, prompt: Sequence[int], following: Sequence[int]) -> PackedRows:
         """One sequence, and each token of `following` as the one after it."""
-        length = len(prompt)
-        return cls(
-            input_ids=torch.tensor([prompt]),
-            position_ids=torch.arange(length)[None],
-            cu_seqlens=(0, length),
-            rows=torch.full((len(following),), length - 1),
+        return replace(
+            cls.build([prompt], [len(prompt)]),
+            rows=torch.full((len(following),), len(prompt) - 1),
             targets=torch.tensor(following),
             completion_lengths=(1,) * len(following),
         )

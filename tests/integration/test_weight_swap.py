@@ -27,7 +27,7 @@ from actors.weight_update import (
     digest_buckets,
 )
 
-PROBE = Probe(tuple(range(3, 20)), tuple(range(20, 27)))
+PROBE = Probe(tuple(range(3, 20)), tuple(range(20, 43)))
 
 
 @dataclass
