@@ -8,6 +8,7 @@ the same time. Imports no torch: dtypes are names.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -164,8 +165,16 @@ def each_bucket(layout: WeightLayout, digest: Callable[[tuple[int, int]], str]) 
     """What `digest` makes of each bucket: in PUSH_THREADS threads, or in this one of a single bucket."""
     if len(layout.buckets) == 1:
         return (digest(layout.buckets[0]),)
-    with ThreadPoolExecutor(PUSH_THREADS) as threads:
-        return tuple(threads.map(digest, layout.buckets))
+    return tuple(_threads().map(digest, layout.buckets))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Kept: new ones begin on the core of whoever makes them, and are moved apart only after milliseconds."""
+    return ThreadPoolExecutor(PUSH_THREADS, "weight-push")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # there they do not run
 
 
 def _fused(name: str) -> tuple[str, int] | None:

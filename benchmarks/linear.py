@@ -8,8 +8,9 @@ times: torch's seconds over oneDNN's, medians of 7. raylign takes oneDNN's where
 AMD's and has AVX-512 (actors/onednn.py).
 
 Then few tokens, as in a probe, through the matrices of a model that no cache holds: oneDNN's with the
-matrix on the right, as torch has it, and on the left (actors/onednn.py), which raylign takes, unless the
-processor is Intel's and the tokens are three or less.
+matrix on the right, as torch has it, and on the left, and MKL's as a batch of its two halves. raylign
+takes the left (actors/onednn.py); for one or two tokens the batch; and torch's own, if the processor is
+Intel's and the tokens are three or less.
 """
 
 from __future__ import annotations
@@ -45,21 +46,24 @@ def pairs(k: int, n: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any
     }
 
 
-def few_rows(tokens: int, matrices: list[Any], repetitions: int) -> tuple[float, float]:
-    """torch's seconds over oneDNN's, the matrix on the right and on the left."""
+def few_rows(tokens: int, matrices: list[Any], repetitions: int) -> list[float]:
+    """torch's seconds over those of oneDNN, the matrix on the right and on the left, and of a batch."""
     import torch
 
-    from actors.onednn import product
+    from actors.onednn import batch, left
 
     given = {k: torch.randn(tokens, k) for k, _ in FEW_SHAPES}
 
     def once(multiply: Callable[[Any, Any], Any]) -> float:
         return seconds(lambda: [multiply(given[one.shape[1]], one) for one in matrices], 1)
 
-    ways = (torch.nn.functional.linear, onednn, product)
+    def flipped(multiply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        return lambda x, weight: multiply(weight, x).t().contiguous()
+
+    ways = (torch.nn.functional.linear, onednn, flipped(left), flipped(batch))
     rounds = [[once(way) for way in ways] for _ in range(1 + repetitions)]
-    plain, right, left = (work.median(column) for column in zip(*rounds[1:], strict=True))
-    return plain / right, plain / left
+    plain, *others = (work.median(column) for column in zip(*rounds[1:], strict=True))
+    return [plain / other for other in others]
 
 
 def seconds(product: Callable[[], Any], repetitions: int) -> float:
@@ -96,13 +100,14 @@ def main() -> None:
     matrices = [torch.randn(n, k) for k, n in FEW_SHAPES]
     few = {tokens: few_rows(tokens, matrices, 3 if options.quick else 7) for tokens in FEW_TOKENS}
     work.table(
-        ["torch's seconds over oneDNN's", "matrix right", "matrix left"],
+        ["torch's seconds over", "matrix right", "matrix left", "a batch"],
         [[f"{tokens} tokens", *times] for tokens, times in few.items()],
     )
     work.result(
         times_torch=work.median(times),
         times_torch_least=min(times),
-        **{f"times_torch_{tokens}_tokens": left for tokens, (_, left) in few.items()},
+        **{f"times_torch_{tokens}_tokens": on_left for tokens, (_, on_left, _) in few.items()},
+        **{f"times_torch_{tokens}_tokens_batch": few[tokens][2] for tokens in (1, 2)},
     )
 
 

@@ -7,19 +7,37 @@ import torch
 from torch.nn import functional as F
 
 from actors import onednn
-from actors.onednn import FEW_ROWS, faster_product, product
+from actors.onednn import BATCHED_WIDTH, FEW_ROWS, batch, faster_product, product
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 8, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, 1, 2, 8, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("leading", [(), (1,)])
-def test_a_product_is_torch_s_own(leading: tuple[int, ...], rows: int, bias: bool) -> None:
+@pytest.mark.parametrize("height", [33, 34])
+def test_a_product_is_torch_s_own(
+    height: int, leading: tuple[int, ...], rows: int, bias: bool
+) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(*leading, rows, 48), torch.randn(33, 48)
-    b = torch.randn(33) if bias else None
+    x, weight = torch.randn(*leading, rows, 48), torch.randn(height, 48)
+    b = torch.randn(height) if bias else None
     answer = product(x, weight, b)
     assert answer.is_contiguous()
     torch.testing.assert_close(answer, F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
+
+
+def test_one_or_two_rows_are_a_batch_of_halves_if_the_matrix_has_halves_and_is_not_wide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+    monkeypatch.setattr(onednn, "batch", lambda weight, x: taken.append(len(x)) or batch(weight, x))
+    for shape, rows in (
+        *(((34, 48), rows) for rows in (1, 2, 3)),
+        ((33, 48), 2),
+        ((34, BATCHED_WIDTH + 1), 2),
+    ):
+        x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
+        torch.testing.assert_close(product(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+    assert taken == [1, 2]
 
 
 def test_a_single_row_needs_no_other() -> None:

@@ -39,7 +39,6 @@ WAITS = {
     "actors/rollout_worker.py:RolloutWorker._roll_out": "the supervisor's rollout_timeout_s",
     "actors/rollout_worker.py:RolloutWorker._cancel": "tasks that were cancelled",
     "actors/vllm_engine.py:_single_process_group": "a group of one waits for nobody",
-    "actors/weight_update.py:each_bucket": "threads that copy or digest bytes in memory",
     "learner/process_group.py:_store": "a FileStore is told it by set_timeout",
     "actors/weight_swap.py:WeightSwap.apply": "threads that pack matrices in memory",
     "reward_service/http_scorer.py:HttpScorer._post": "the session's total timeout, timeout_s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from dataclasses import replace
 from itertools import pairwise
 
@@ -55,6 +56,18 @@ def data(layout: WeightLayout) -> np.ndarray:
 def test_the_bytes_that_were_sent_are_taken(layout: WeightLayout, data: np.ndarray) -> None:
     verify(sent(layout, data), layout, data)
     assert len(layout.buckets) == 11
+
+
+def test_a_process_forked_from_one_that_has_digested_digests_with_threads_of_its_own(
+    layout: WeightLayout, data: np.ndarray
+) -> None:
+    update = sent(layout, data)
+    forked = multiprocessing.get_context("fork").Process(
+        target=verify, args=(update, layout, data), daemon=True
+    )
+    forked.start()
+    forked.join(20)
+    assert forked.exitcode == 0
 
 
 def test_of_a_thousand_flipped_bits_a_thousand_are_refused(
