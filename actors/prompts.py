@@ -64,6 +64,9 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
         ids=tuple(ids),
         answer=_answer(where, row.get("answer")),
         metadata=_metadata(where, row.get("metadata")),
+        messages=[{k: m[k] for k in ("role", "content")} for m in row["messages"]]
+        if chat
+        else None,
     )
 
 

@@ -97,4 +97,5 @@ def score_request(name: str, prompt: Prompt, completion: Completion) -> ScoreReq
         finish_reason=completion.finish_reason,
         answer=prompt.answer,
         metadata=prompt.metadata,
+        messages=prompt.messages,
     )

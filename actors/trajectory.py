@@ -62,6 +62,9 @@ class Prompt:
     ids: tuple[int, ...]
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, str]] | None = (
+        None  # role and content, where it is a conversation
+    )
 
     @property
     def key(self) -> Key:
@@ -71,7 +74,8 @@ class Prompt:
         """The same prompt, to be rolled out in another epoch."""
         if epoch == self.epoch:
             return self
-        return Prompt(self.prompt_id, epoch, self.text, self.ids, self.answer, self.metadata)
+        given = (self.text, self.ids, self.answer, self.metadata, self.messages)
+        return Prompt(self.prompt_id, epoch, *given)
 
 
 @dataclass(frozen=True, slots=True)

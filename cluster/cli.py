@@ -69,13 +69,12 @@ def train(
     if max_restarts:
         from cluster.restarts import heartbeat_deadline_s, run_again
 
-        given = {
-            "--in-process": in_process,
-            "--resume": resume,
-            "--overwrite": overwrite,
-            "--trust-checkpoint": trust_checkpoint,
-        }
-        flags = [name for name, on in given.items() if on]
+        flags = _flags(
+            in_process=in_process,
+            resume=resume,
+            overwrite=overwrite,
+            trust_checkpoint=trust_checkpoint,
+        )
         words = [str(config), *(overrides or []), *flags]
         heartbeat_s = heartbeat_deadline_s(loaded.ping_timeout_s)
         sys.exit(
@@ -138,12 +137,7 @@ def submit(
     loaded = _load(config, overrides, RunConfig)
     from cluster.submit import submit_job
 
-    given = {
-        "--resume": resume,
-        "--overwrite": overwrite,
-        "--trust-checkpoint": trust_checkpoint,
-    }
-    flags = [name for name, on in given.items() if on]
+    flags = _flags(resume=resume, overwrite=overwrite, trust_checkpoint=trust_checkpoint)
     flags += ["--max-restarts", str(max_restarts)] if max_restarts else []
     sys.exit(submit_job(loaded, config, overrides or [], flags, address, follow=follow))
 
@@ -230,6 +224,11 @@ def export(
 
     export_run(_run_dir(run, runs_dir), out, step, dtype, trust_checkpoint=trust_checkpoint)
     typer.echo(str(out))
+
+
+def _flags(**given: bool) -> list[str]:
+    """Those that are set, as words of a command line."""
+    return [f"--{name.replace('_', '-')}" for name, on in given.items() if on]
 
 
 def _load(config: Path, overrides: list[str] | None, kind: type[Stage]) -> Stage:

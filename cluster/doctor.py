@@ -31,6 +31,7 @@ from cluster.redaction import hide
 from cluster.shapes import Shape, read_shapes, reward_models
 from cluster.versions import check_versions
 from learner.supervised_rows import load_supervised
+from reward_service.chat import chat_prompt
 from reward_service.config import (
     FunctionScorerConfig,
     HttpScorerConfig,
@@ -95,10 +96,13 @@ def _read(config: RunConfig) -> Inputs:
         same_vocabulary(config.policy, folder, key)
     check_scorer(config.reward.scorer, config.policy, "reward.scorer")
     prompts, dropped = _prompts(config, config.prompts, tokenizer)
+    _check_messages("reward.scorer", config.reward.scorer, config.prompts.path, prompts)
     held_out: list[Prompt] = []
     if config.evaluation is not None:
         check_scorer(config.evaluation.scorer, config.policy, "evaluation.scorer")
-        held_out, _ = _prompts(config, config.evaluation.prompts, tokenizer)
+        given = config.evaluation.prompts
+        held_out, _ = _prompts(config, given, tokenizer)
+        _check_messages("evaluation.scorer", config.evaluation.scorer, given.path, held_out)
     if config.ppo.ptx is not None:
         _check_ptx(config.ppo.ptx.path, config.learner.max_tokens_per_microbatch, tokenizer)
     shape = Shape.of(model)
@@ -134,6 +138,22 @@ def _check_positions(config: RunConfig, longest: int) -> None:
         for model in reward_models(scorer):
             if model.input == "tokens":
                 check_positions(model.path, key, longest)
+
+
+def _check_messages(key: str, scorer: ScorerConfig, path: str, prompts: list[Prompt]) -> None:
+    """ValueError if a reward model shall read conversations that are none, or that its template refuses."""
+    for model in reward_models(scorer):
+        if model.input != "messages":
+            continue
+        tokenizer = load_tokenizer(model.path)
+        for prompt in prompts:
+            where = f"{key}: {path}: {prompt.prompt_id}"
+            if prompt.messages is None:
+                raise ValueError(
+                    f"{where} has no messages, which {model.path} shall read; give it a column messages, "
+                    "or set input: text"
+                )
+            chat_prompt(f"{where}: messages", prompt.messages, tokenizer)
 
 
 # What a checkpoint is of: changed, it would be another run.
@@ -197,7 +217,7 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
             if config.input == "tokens":
                 same_vocabulary(policy, config.path, key, scores=True)
             check_reward_model(config.path, key)
-            if config.input == "text":
+            if config.input != "tokens":
                 load_tokenizer(config.path)
         case SumScorerConfig():
             for name, part in config.parts.items():

@@ -28,6 +28,8 @@ class ScoreRequest:
     finish_reason: str  # "stop" (end-of-sequence or stop string) or "length"
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    # The prompt as role and content, where the data has it so.
+    messages: Sequence[Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ class RewardModelScorerConfig(StrictModel):
 
     kind: Literal["reward_model"]
     path: str
-    input: Literal["tokens", "text"] = "tokens"  # text: tokenised anew, for another vocabulary
+    # text: tokenised anew, for another vocabulary; messages: by its own chat template, too
+    input: Literal["tokens", "text", "messages"] = "tokens"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_batch_tokens: PositiveInt = 16384  # padded tokens of one forward pass
 

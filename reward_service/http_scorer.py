@@ -93,6 +93,7 @@ class HttpScorer:
                 "answer": request.answer,
                 "metadata": dict(request.metadata),
                 "finish_reason": request.finish_reason,
+                "messages": request.messages,
             }
             for request in requests
         ]

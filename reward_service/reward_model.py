@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from reward_service.api import ScoreFailure, ScoreRequest, ScoreResult
+from reward_service.chat import chat_prompt
 from reward_service.config import RewardModelScorerConfig
 from reward_service.rules import as_result
 from reward_service.tokenizer import load_tokenizer, prompt_ids, reply_ids
@@ -26,14 +27,15 @@ class RewardModelScorer:
 
     `input: tokens` scores the ids as sampled. `input: text` encodes prompt and completion with the
     model's own tokenizer, as when it was trained, and adds its end-of-sequence token where the
-    completion has stopped. Raises ValueError for a folder that is no reward model.
+    completion has stopped. `input: messages` does so with the prompt that its own chat template makes of
+    the conversation. Raises ValueError for a folder that is no reward model.
     """
 
     def __init__(self, config: RewardModelScorerConfig) -> None:
         self._config = config
         self._model = load_reward_model(config.path, dtype=getattr(torch, config.dtype))
         self._mean, self._sd = _normalisation(config.path, self._model.config)
-        self._tokenizer: Any = load_tokenizer(config.path) if config.input == "text" else None
+        self._tokenizer: Any = load_tokenizer(config.path) if config.input != "tokens" else None
         # One thread: forward passes share the cores (or the device), and do not gain from others.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reward-model")
 
@@ -45,26 +47,37 @@ class RewardModelScorer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _score(self, requests: list[ScoreRequest]) -> list[ScoreResult]:
-        """What the model cannot embed fails alone."""
-        sequences = [self._ids(request) for request in requests]
-        problems = [unfit(ids, self._model) for ids in sequences]
-        fit = [ids for ids, problem in zip(sequences, problems, strict=True) if problem is None]
+        """What the model cannot read fails alone."""
+        read = [self._read(request) for request in requests]
+        fit = [ids for ids, problem in read if problem is None]
         scores = score_sequences(self._model, fit, self._config.max_batch_tokens)
         values = iter(((scores.double() - self._mean) / self._sd).tolist())
         return [
             as_result(request.trajectory_id, next(values))
             if problem is None
             else ScoreFailure(request.trajectory_id, "invalid", f"{self._config.path}: {problem}")
-            for request, problem in zip(requests, problems, strict=True)
+            for request, (_, problem) in zip(requests, read, strict=True)
         ]
 
+    def _read(self, request: ScoreRequest) -> tuple[list[int], str | None]:
+        """What the model gets, and what is wrong with it."""
+        try:
+            ids = self._ids(request)
+        except ValueError as error:  # of the chat template
+            return [], str(error)
+        return ids, unfit(ids, self._model)
+
     def _ids(self, request: ScoreRequest) -> list[int]:
-        if self._tokenizer is None:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
             return [*request.prompt_ids, *request.completion_ids]
-        reply, eos = reply_ids(request.completion, self._tokenizer), self._tokenizer.eos_token_id
+        reply, eos = reply_ids(request.completion, tokenizer), tokenizer.eos_token_id
         if eos is not None and request.finish_reason == "stop" and reply[-1:] != [eos]:
             reply = [*reply, eos]
-        return [*prompt_ids(request.prompt, self._tokenizer), *reply]
+        if self._config.input == "text":
+            return [*prompt_ids(request.prompt, tokenizer), *reply]
+        prompt = chat_prompt("messages", request.messages, tokenizer)
+        return [*prompt_ids(prompt, tokenizer, chat=True), *reply]
 
 
 def load_reward_model(path: str, *, dtype: torch.dtype) -> Any:

@@ -222,6 +222,28 @@ def test_a_reward_model_of_another_vocabulary_may_read_text(
         check_inputs(reading_text)
 
 
+@pytest.mark.parametrize("role", ["reward", "evaluation"])
+def test_a_reward_model_that_reads_messages_needs_them_and_a_template_that_has_them(
+    load: Any, policy: Path, tmp_path: Path, role: str
+) -> None:
+    path = tiny.as_reward_model(policy, tmp_path / "reward")
+    said = [{"messages": [{"role": "user", "content": "a"}]}]
+    chat = str(tiny.write_jsonl(tmp_path / "chat.jsonl", said))
+    reads = {"kind": "reward_model", "path": str(path), "input": "messages"}
+    given: dict[str, Any] = {f"{role}.scorer": reads}
+    prompts = "prompts.path"
+    if role == "evaluation":
+        prompts = "evaluation.prompts.path"
+        given[prompts] = str(tiny.write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "a"}]))
+    with pytest.raises(BadInput, match=rf"^{role}\.scorer: .* has no messages, .* input: text"):
+        check_inputs(load(given))
+    given[prompts] = chat
+    check_inputs(load(given))
+    (path / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    with pytest.raises(BadInput, match=rf"^{role}\.scorer: .*p0: messages is refused .*no users"):
+        check_inputs(load(given))
+
+
 def test_each_part_of_a_sum_is_checked_and_named(load: Any, stranger: Path) -> None:
     part = {"weight": 1.0, "scorer": {"kind": "reward_model", "path": str(stranger)}}
     with pytest.raises(BadInput, match=r"^reward\.scorer\.rm: "):

@@ -297,7 +297,8 @@ def test_without_leases_is_the_state_at_the_end_of_the_last_step() -> None:
 
 def test_a_restored_prompt_is_whole() -> None:
     ledger = Ledger(prompts_per_step=1, max_staleness=0)
-    given_ = tiny.prompt(0, epoch=3, metadata={"k": [1, {"deep": None}]})
+    said = [{"role": "user", "content": "a"}]
+    given_ = tiny.prompt(0, epoch=3, metadata={"k": [1, {"deep": None}]}, messages=said)
     ledger.lease(given_, 5)
     restored = Ledger(prompts_per_step=1, max_staleness=0)
     restored.restore(json.loads(json.dumps(ledger.state())))

@@ -73,6 +73,15 @@ def test_messages_go_through_the_chat_template_and_no_token_is_added(
     (prompt,), _ = load([{"messages": messages}])
     assert prompt.text == "<system>Add.<user>1+1=<assistant>"
     assert list(prompt.ids) == tokenizer(prompt.text, add_special_tokens=False).input_ids
+    assert prompt.messages == messages
+    assert prompt.of_epoch(3).messages == messages
+
+
+def test_of_messages_role_and_content_are_kept_and_of_a_text_none(load: Any) -> None:
+    said = {"role": "user", "content": "1+1="}
+    (chat, text), _ = load([{"messages": [{**said, "at": 3.5}]}, {"prompt": "1+1="}])
+    assert chat.messages == [said]
+    assert text.messages is None
 
 
 def test_messages_without_a_chat_template_are_refused(tmp_path: Path, stranger: Path) -> None:

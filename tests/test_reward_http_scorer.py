@@ -32,9 +32,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TOKEN = "s3cret-token"
 
 
+SAID = [{"role": "user", "content": "p"}]
+
+
 def requests(count: int) -> list[ScoreRequest]:
     return [
-        ScoreRequest(f"t{i}", "p", "ü" * i, (2,), (3, 1), "stop", "42", {"k": i})
+        ScoreRequest(f"t{i}", "p", "ü" * i, (2,), (3, 1), "stop", "42", {"k": i}, SAID)
         for i in range(count)
     ]
 
@@ -92,6 +95,7 @@ async def test_requests_are_sent_whole_and_responses_come_back_in_order() -> Non
         "answer": "42",
         "metadata": {"k": 1},
         "finish_reason": "stop",
+        "messages": SAID,
     }
 
 

@@ -200,6 +200,24 @@ async def test_text_is_cut_into_the_tokens_of_training(folder: str, tmp_path: Pa
     assert got == pytest.approx([direct(folder, ids) for ids in trained_on], abs=1e-5)
 
 
+async def test_messages_go_through_the_models_own_chat_template(folder: str) -> None:
+    tokenizer = joining_tokenizer(folder)
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}?"
+    tokenizer.save_pretrained(folder)
+    given: Any = [{"role": "user", "content": "ca"}]
+    asked = [
+        ScoreRequest("t0", "<|policy's|>", "b", (60,), (61,), "stop", messages=given),
+        ScoreRequest("t1", "a text", "b", (60,), (61,), "stop"),
+        ScoreRequest("t2", "<|policy's|>", "b", (60,), (61,), "length", messages=given),
+    ]
+    stopped, none, cut = await scorer(folder, input="messages").score(asked)
+    expected = [direct(folder, [0, 4, 2, 5, 3, *end]) for end in ([1], [])]
+    assert values([stopped, cut]) == pytest.approx(expected, abs=1e-5)
+    assert isinstance(none, ScoreFailure)
+    assert (none.kind, none.trajectory_id) == ("invalid", "t1")
+    assert "messages is no list" in none.reason
+
+
 @pytest.mark.parametrize("bad", [VOCABULARY, -1])
 async def test_ids_outside_the_vocabulary_have_no_score(folder: str, bad: int) -> None:
     (result,) = await scorer(folder).score([request(0, [2, 3, bad])])

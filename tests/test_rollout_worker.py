@@ -147,7 +147,8 @@ async def test_trajectories_come_in_the_order_of_prompts_and_samples() -> None:
 async def test_a_trajectory_holds_what_prompt_engine_and_scorer_gave() -> None:
     rewards = FakeRewards(lambda request: 2.5)
     rollouts = worker(FakeEngine(), rewards, samples=1)
-    await rollouts.submit([tiny.prompt(4, epoch=2, metadata={"k": 1})])
+    said = [{"role": "user", "content": "4+1="}]
+    await rollouts.submit([tiny.prompt(4, epoch=2, metadata={"k": 1}, messages=said)])
     (made,) = (await taken_from(rollouts, NEVER_S)).trajectories
     (asked,) = rewards.requests
     assert (
@@ -170,6 +171,7 @@ async def test_a_trajectory_holds_what_prompt_engine_and_scorer_gave() -> None:
     )
     assert (made.generator_id, made.finish_reason) == ("generator-0", "stop")
     assert (asked.answer, asked.metadata, asked.completion) == ("5", {"k": 1}, "of p4-e2-0")
+    assert asked.messages == said
 
 
 async def test_the_engine_is_asked_as_the_config_says() -> None:
