@@ -263,6 +263,16 @@ CASES: dict[str, Case] = {
         lambda w: {"reward.scorer": {"kind": "reward_model", "path": str(w.stranger)}},
         ("reward.scorer: ", "not the policy's", "give a model with the tokenizer of"),
     ),
+    "a reward model that reads messages, and none there": Case(
+        lambda w: {
+            "reward.scorer": {
+                "kind": "reward_model",
+                "path": str(tiny.as_reward_model(w.stranger, w.folder / "reward")),
+                "input": "messages",
+            }
+        },
+        ("reward.scorer: ", "p0 has no messages", "a column messages, or set input: text"),
+    ),
     "a judge of another vocabulary": Case(
         lambda w: {
             "evaluation": {
