@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ def line(**values: Any) -> None:
     """One JSON line, of the first process; run.py reads the lines that begin with a brace."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print("\n" + json.dumps(values), flush=True)
+
+
+def leave() -> None:
+    """After the last line, by all processes: at the interpreter's end torch's threads abort one now and then."""
+    if dist.is_initialized():
+        dist.barrier()
+    os._exit(0)
 
 
 def total(count: float) -> Any:

@@ -45,6 +45,7 @@ from benchmarks.peers.report import (
     arguments,
     change,
     difference,
+    leave,
     line,
     snapshot,
     spread,
@@ -181,3 +182,4 @@ def checks(trainer: GRPOTrainer, rewards: Rewards, before: dict, served_before: 
 
 if __name__ == "__main__":
     main()
+    leave()

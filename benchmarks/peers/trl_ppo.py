@@ -29,7 +29,16 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-from benchmarks.peers.report import arguments, change, line, snapshot, spread, total, versions
+from benchmarks.peers.report import (
+    arguments,
+    change,
+    leave,
+    line,
+    snapshot,
+    spread,
+    total,
+    versions,
+)
 from benchmarks.work import EOS, LR, PAD, PAD_ID, prompts, reward
 
 BATCH = 64
@@ -106,3 +115,4 @@ def one_step(trainer: PPOTrainer, prompts_: list[torch.Tensor], number: int) -> 
 
 if __name__ == "__main__":
     main()
+    leave()
