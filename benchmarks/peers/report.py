@@ -34,7 +34,7 @@ def line(**values: Any) -> None:
 
 
 def leave() -> None:
-    """After the last line, by all processes: at the interpreter's end torch's threads abort one now and then."""
+    """After the last line, by all processes: at the interpreter's end torch's threads have aborted one."""
     if dist.is_initialized():
         dist.barrier()
     os._exit(0)
