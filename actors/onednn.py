@@ -55,7 +55,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if rows > FEW_ROWS or not weight.is_contiguous():
         return _linear(x, weight, bias)
     in_halves = rows <= BATCHED_ROWS and width <= BATCHED_WIDTH and height % 2 == 0
-    flipped = (batch if in_halves else left)(weight, x.reshape(rows, width))
+    flipped = (batch if in_halves else _linear)(weight, x.reshape(rows, width))
     out = flipped.t().contiguous().view(*x.shape[:-1], height)
     return out if bias is None else out.add_(bias)
 
@@ -69,16 +69,11 @@ def faster_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def left(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [n,k] @ x [rows,k].T by oneDNN, float32, not for autograd."""
-    return _linear(weight, x, None)
-
-
 def batch(weight: Tensor, x: Tensor) -> Tensor:
-    """The same by MKL, n even."""
+    """weight [n,k] @ x [rows,k].T, n even, by MKL. Not for autograd."""
     halves = weight.view(2, -1, weight.shape[1])
     return torch.bmm(halves, x.t().expand(2, -1, -1)).view(len(weight), len(x))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -46,9 +46,10 @@ def load_prompts(
 
 def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Prompt:
     where = f"{path}: row {index + 1}"
-    chat = row.get("messages") is not None
+    chat, messages = row.get("messages") is not None, None
     if chat:
         text = chat_prompt(f"{where}: messages", row["messages"], tokenizer)
+        messages = [{key: said[key] for key in ("role", "content")} for said in row["messages"]]
     else:
         given = row.get("prompt")
         if not isinstance(given, str) or not given.strip():
@@ -64,9 +65,7 @@ def _prompt(path: str, index: int, row: Mapping[str, Any], tokenizer: Any) -> Pr
         ids=tuple(ids),
         answer=_answer(where, row.get("answer")),
         metadata=_metadata(where, row.get("metadata")),
-        messages=[{k: m[k] for k in ("role", "content")} for m in row["messages"]]
-        if chat
-        else None,
+        messages=messages,
     )
 
 

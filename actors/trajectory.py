@@ -62,9 +62,8 @@ class Prompt:
     ids: tuple[int, ...]
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    messages: Sequence[Mapping[str, str]] | None = (
-        None  # role and content, where it is a conversation
-    )
+    # Role and content, where the data has it as a conversation.
+    messages: Sequence[Mapping[str, str]] | None = None
 
     @property
     def key(self) -> Key:

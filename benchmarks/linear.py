@@ -50,7 +50,7 @@ def few_rows(tokens: int, matrices: list[Any], repetitions: int) -> list[float]:
     """torch's seconds over those of oneDNN, the matrix on the right and on the left, and of a batch."""
     import torch
 
-    from actors.onednn import batch, left
+    from actors.onednn import batch
 
     given = {k: torch.randn(tokens, k) for k, _ in FEW_SHAPES}
 
@@ -60,7 +60,7 @@ def few_rows(tokens: int, matrices: list[Any], repetitions: int) -> list[float]:
     def flipped(multiply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return lambda x, weight: multiply(weight, x).t().contiguous()
 
-    ways = (torch.nn.functional.linear, onednn, flipped(left), flipped(batch))
+    ways = (torch.nn.functional.linear, onednn, flipped(onednn), flipped(batch))
     rounds = [[once(way) for way in ways] for _ in range(1 + repetitions)]
     plain, *others = (work.median(column) for column in zip(*rounds[1:], strict=True))
     return [plain / other for other in others]
@@ -106,7 +106,7 @@ def main() -> None:
     work.result(
         times_torch=work.median(times),
         times_torch_least=min(times),
-        **{f"times_torch_{tokens}_tokens": on_left for tokens, (_, on_left, _) in few.items()},
+        **{f"times_torch_{tokens}_tokens": left for tokens, (_, left, _) in few.items()},
         **{f"times_torch_{tokens}_tokens_batch": few[tokens][2] for tokens in (1, 2)},
     )
 

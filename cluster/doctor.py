@@ -217,7 +217,7 @@ def check_scorer(config: ScorerConfig, policy: str, key: str) -> None:
             if config.input == "tokens":
                 same_vocabulary(policy, config.path, key, scores=True)
             check_reward_model(config.path, key)
-            if config.input != "tokens":
+            if config.input == "text":
                 load_tokenizer(config.path)
         case SumScorerConfig():
             for name, part in config.parts.items():

@@ -242,6 +242,9 @@ def test_a_reward_model_that_reads_messages_needs_them_and_a_template_that_has_t
     (path / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
     with pytest.raises(BadInput, match=rf"^{role}\.scorer: .*p0: messages is refused .*no users"):
         check_inputs(load(given))
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(BadInput, match=r"reward: no tokenizer\.json"):
+        check_inputs(load(given))
 
 
 def test_each_part_of_a_sum_is_checked_and_named(load: Any, stranger: Path) -> None:
